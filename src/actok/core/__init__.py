@@ -1,0 +1,54 @@
+"""Types, shape letters, the abstract classes, layouts, registry and artifact format. Everything rests on this."""
+
+from actok.core.arrays import as_float_batch, as_ids, is_torch, like, to_numpy
+from actok.core.artifact import Artifact, read_artifact, write_folder
+from actok.core.config import build_config, parse_assignments
+from actok.core.constraint import Constraint, FixedLengthConstraint
+from actok.core.errors import (
+    ActokError,
+    ArtifactError,
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    SpaceMismatchError,
+    TokenError,
+)
+from actok.core.layout import TokenLayout
+from actok.core.registry import Preset, find_class, find_preset, tokenizer_presets
+from actok.core.spaces import ActionGroup, ActionSpace
+from actok.core.tokenizer import ActionTokenizer
+from actok.core.types import ChunkContext, Decoded, FitPart, Tokens
+
+__all__ = [
+    "ActionGroup",
+    "ActionSpace",
+    "ActionTokenizer",
+    "ActokError",
+    "Artifact",
+    "ArtifactError",
+    "ChunkContext",
+    "ConfigError",
+    "Constraint",
+    "DataError",
+    "Decoded",
+    "FitPart",
+    "FixedLengthConstraint",
+    "MissingExtraError",
+    "Preset",
+    "SpaceMismatchError",
+    "TokenError",
+    "TokenLayout",
+    "Tokens",
+    "as_float_batch",
+    "as_ids",
+    "build_config",
+    "find_class",
+    "find_preset",
+    "is_torch",
+    "like",
+    "parse_assignments",
+    "read_artifact",
+    "to_numpy",
+    "tokenizer_presets",
+    "write_folder",
+]

@@ -1,0 +1,42 @@
+"""From settings (preset, keyword arguments, `--set key=value`) to a validated config dataclass."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from actok.core.errors import ConfigError
+
+__all__ = ["build_config", "parse_assignments"]
+
+
+def parse_assignments(pairs: Iterable[str]) -> dict[str, Any]:
+    """{"bins": 64, "normaliser": "min_max"} from ["bins=64", "normaliser=min_max"]; values are TOML, else text."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {pair!r} has no '='; write --set key=value")
+        try:
+            settings[key.strip()] = tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            settings[key.strip()] = value.strip()
+    return settings
+
+
+def build_config(config_class: type, settings: Mapping[str, Any], owner: str) -> Any:
+    """An instance of a config dataclass. Raises ConfigError for an unknown key, with the nearest known one."""
+    known = [f.name for f in fields(config_class)]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(known) or 'no settings'}"
+            raise ConfigError(f"{owner} has no setting {key!r}; {hint}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    try:
+        return config_class(**values)
+    except TypeError as error:
+        raise ConfigError(f"{owner}: {error}; check the settings' types") from None

@@ -1,0 +1,101 @@
+"""Names -> classes, lazily: presets are TOML files found by glob, third parties add entry points.
+
+Listing reads text only; a class is imported when it is asked for. A preset file:
+
+    summary = "one line"                              # shown by `actok list`
+    target = "actok.tokenizers.bins:BinsTokenizer"    # module:Class
+    paper = "RT-1 (arXiv 2212.06817)"
+    [settings]                                        # fields of the class's config
+    bins = 256
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from actok.core.errors import ConfigError, MissingExtraError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ENTRY_POINT_GROUP = "actok.tokenizers"
+
+__all__ = ["CONFIGS", "Preset", "find_class", "find_preset", "load_target", "read_toml", "suggest", "tokenizer_presets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named tokenizer with settings; `target` is "module:Class"."""
+
+    name: str
+    summary: str
+    target: str
+    paper: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file. Raises ConfigError with the path and the parser's words."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """'; did you mean "x"?' or the list of what there is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}"
+
+
+@cache
+def tokenizer_presets() -> Mapping[str, Preset]:
+    """All presets by name: the packaged ones, then entry points of the group "actok.tokenizers"."""
+    found = {}
+    for path in sorted((CONFIGS / "tokenizers").glob("*.toml")):
+        values = read_toml(path)
+        try:
+            found[path.stem] = Preset(name=path.stem, **values)
+        except TypeError as error:
+            raise ConfigError(f"{path}: {error}; a preset has summary, target, paper, settings") from None
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if point.name not in found:
+            source = point.dist.name if point.dist else "entry point"
+            found[point.name] = Preset(name=point.name, summary=f"from {source}", target=point.value)
+    return found
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name. Raises ConfigError with the nearest one."""
+    presets = tokenizer_presets()
+    if name not in presets:
+        raise ConfigError(f"no tokenizer is called {name!r}; {suggest(name, list(presets))}")
+    return presets[name]
+
+
+def load_target(target: str) -> Any:
+    """Import "module:attribute". A missing optional package becomes MissingExtraError where the module says so."""
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except MissingExtraError:
+        raise
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{target} cannot be imported: {error}; check the preset's target") from error
+
+
+def find_class(kind: str) -> Any:
+    """The tokenizer class whose artifacts are of that kind. Raises ConfigError where no preset leads to one."""
+    for target in sorted({p.target for p in tokenizer_presets().values()}):
+        # By convention a preset named like the kind exists; otherwise import the targets until one claims the kind.
+        preset = tokenizer_presets().get(kind)
+        candidate = load_target(preset.target if preset else target)
+        if candidate.kind == kind:
+            return candidate
+    raise ConfigError(f"no installed tokenizer reads artifacts of kind {kind!r}; install the package that wrote it")

@@ -1,0 +1,1 @@
+"""Closed-form maths: statistics, normalisation, rotations, DCT, B-splines, BPE. No tokenizer, no files, no torch."""
