@@ -65,6 +65,7 @@ class Statistics:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
         try:
-            return cls(**{k: (int(v) if k == "count" else np.asarray(v, np.float64)) for k, v in data.items()})
-        except TypeError as error:
+            arrays: dict[str, Any] = {k: np.asarray(v, np.float64) for k, v in data.items() if k != "count"}
+            return cls(count=int(data["count"]), **arrays)
+        except (KeyError, TypeError) as error:
             raise ArtifactError(f"statistics are incomplete ({error}); fit the tokenizer again") from None
