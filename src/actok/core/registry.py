@@ -7,6 +7,8 @@ Listing reads text only; a class is imported when it is asked for. A preset file
     paper = "RT-1 (arXiv 2212.06817)"
     [settings]                                        # fields of the class's config
     bins = 256
+    [[sweep]]                                         # optional: settings from coarse to fine, for rate-distortion
+    bins = 16                                         # curves and for the search of fit(tolerance=...)
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import difflib
 import importlib
 import importlib.metadata
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -38,6 +40,7 @@ class Preset:
     target: str
     paper: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Sequence[Mapping[str, Any]] = ()
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def tokenizer_presets() -> Mapping[str, Preset]:
         try:
             found[path.stem] = Preset(name=path.stem, **values)
         except TypeError as error:
-            raise ConfigError(f"{path}: {error}; a preset has summary, target, paper, settings") from None
+            raise ConfigError(f"{path}: {error}; a preset has summary, target, paper, settings, sweep") from None
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         if point.name not in found:
             source = point.dist.name if point.dist else "entry point"

@@ -63,7 +63,7 @@ class ActionGroup:
         if not self.dims:
             raise ConfigError(f"{where} has no dimensions; name at least one")
         if self.kind == "rotation":
-            if self.rotation not in ROTATION_SIZE:
+            if self.rotation is None or self.rotation not in ROTATION_SIZE:
                 raise ConfigError(f"{where} has rotation {self.rotation!r}; use one of {', '.join(ROTATION_SIZE)}")
             if len(self.dims) != ROTATION_SIZE[self.rotation]:
                 raise ConfigError(
@@ -164,9 +164,11 @@ class ActionSpace:
                 where = self.embodiment if b is None else other.embodiment
                 found.append(f"dimensions {list(dims)} form a group only in {where!r}")
                 continue
-            for field in ("kind", "mode", "rotation", "unit", "scale"):
-                if getattr(a, field) != getattr(b, field):
-                    found.append(f"{a.name} {field}: {getattr(a, field)} against {getattr(b, field)}")
+            found += [
+                f"{a.name} {field}: {getattr(a, field)} against {getattr(b, field)}"
+                for field in ("kind", "mode", "rotation", "unit", "scale")
+                if getattr(a, field) != getattr(b, field)
+            ]
         return found
 
     def renamed(self, embodiment: str) -> ActionSpace:

@@ -1,0 +1,1 @@
+"""Codec metrics, latency, decode-and-replay in simulation, recording of demonstrations."""
