@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "fit": "actok.training",
     "load": "actok.training",
-    "list_tokenizers": "actok.training",
+    "list_tokenizers": "actok.core",
     "ActionSpace": "actok.core",
     "ActionTokenizer": "actok.core",
     "ActokError": "actok.core",
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
         Decoded,
         TokenLayout,
         Tokens,
+        list_tokenizers,
     )
-    from actok.training import fit, list_tokenizers, load
+    from actok.training import fit, load
 
 __all__ = [
     "ActionSpace",

@@ -14,7 +14,7 @@ from actok.core.errors import (
     TokenError,
 )
 from actok.core.layout import TokenLayout
-from actok.core.registry import Preset, find_class, find_preset, tokenizer_presets
+from actok.core.registry import Preset, find_class, find_preset, list_tokenizers, tokenizer_presets
 from actok.core.spaces import ActionGroup, ActionSpace
 from actok.core.tokenizer import ActionTokenizer
 from actok.core.types import ChunkContext, Decoded, FitPart, Tokens
@@ -46,6 +46,7 @@ __all__ = [
     "find_preset",
     "is_torch",
     "like",
+    "list_tokenizers",
     "parse_assignments",
     "read_artifact",
     "to_numpy",

@@ -28,7 +28,7 @@ from actok.core.errors import ConfigError, MissingExtraError
 CONFIGS = Path(__file__).parent.parent / "configs"
 ENTRY_POINT_GROUP = "actok.tokenizers"
 
-__all__ = ["CONFIGS", "Preset", "find_class", "find_preset", "load_target", "read_toml", "suggest", "tokenizer_presets"]
+__all__ = ["CONFIGS", "Preset", "find_class", "find_preset", "list_tokenizers", "load_target", "read_toml", "suggest", "tokenizer_presets"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +94,24 @@ def load_target(target: str) -> Any:
 
 
 def find_class(kind: str) -> Any:
-    """The tokenizer class whose artifacts are of that kind. Raises ConfigError where no preset leads to one."""
-    for target in sorted({p.target for p in tokenizer_presets().values()}):
-        # By convention a preset named like the kind exists; otherwise import the targets until one claims the kind.
-        preset = tokenizer_presets().get(kind)
-        candidate = load_target(preset.target if preset else target)
+    """The tokenizer class whose artifacts are of that kind. Raises ConfigError where no preset leads to one.
+
+    A preset named like the kind is tried first; the others are imported only if it does not answer.
+    """
+    presets = tokenizer_presets()
+    first = [presets[kind].target] if kind in presets else []
+    missing = ""
+    for target in first + sorted({p.target for p in presets.values()} - set(first)):
+        try:
+            candidate = load_target(target)
+        except MissingExtraError as error:
+            missing = f" ({error})"
+            continue
         if candidate.kind == kind:
             return candidate
-    raise ConfigError(f"no installed tokenizer reads artifacts of kind {kind!r}; install the package that wrote it")
+    raise ConfigError(f"no installed tokenizer reads artifacts of kind {kind!r}; install the package that wrote it{missing}")
+
+
+def list_tokenizers() -> list[str]:
+    """Names that `fit` takes, sorted."""
+    return sorted(tokenizer_presets())

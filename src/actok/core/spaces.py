@@ -151,6 +151,14 @@ class ActionSpace:
         flags = {d: g.incremental for g in self.groups for d in g.dims}
         return tuple(flags[d] for d in range(self.dim))
 
+    @property
+    def default_horizon(self) -> int:
+        """T where nobody names one: one second of control, at least 10 and at most 50 steps; 16 at an unknown rate.
+
+        Bridge (5 Hz) gives 10, LIBERO (20 Hz) 20, ALOHA (50 Hz) 50: the chunk sizes of FAST and of FASTer's table 4.
+        """
+        return 16 if self.rate_hz is None else int(min(50, max(10, round(self.rate_hz))))
+
     def differences(self, other: ActionSpace) -> list[str]:
         """What keeps data of `other` out of a tokenizer fitted on this space (embodiment and rate do not)."""
         if self.dim != other.dim:

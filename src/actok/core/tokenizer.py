@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 from actok.core.artifact import Artifact, push_artifact, read_artifact, write_artifact
 from actok.core.constraint import Constraint
+from actok.core.errors import ArtifactError, SpaceMismatchError
 from actok.core.layout import TokenLayout
 from actok.core.spaces import ActionSpace
 from actok.core.types import ChunkContext, Decoded, FitPart, Tokens
@@ -87,6 +88,32 @@ class ActionTokenizer(ABC):
     def spaces(self) -> Mapping[str, ActionSpace]:
         """Action space by embodiment; the first is the default."""
 
+    def embodiment_for(self, space: ActionSpace) -> str:
+        """The embodiment whose action space is that of some data: the one of the same name, else the first that agrees.
+
+        Raises SpaceMismatchError naming the differences.
+        """
+        known = self.spaces
+        candidates = [space.embodiment] if space.embodiment in known else list(known)
+        differences = {name: known[name].differences(space) for name in candidates}
+        for name, found in differences.items():
+            if not found:
+                return name
+        name, found = min(differences.items(), key=lambda item: len(item[1]))
+        raise SpaceMismatchError(
+            f"data of action space {space.embodiment!r} do not fit this tokenizer's {name!r}: {'; '.join(found)}; name the"
+            " right space, or add the embodiment with adapt(space, statistics)"
+        )
+
+    @property
+    @abstractmethod
+    def meta(self) -> Mapping[str, Any]:
+        """Facts for a reader: what it was fitted on, split, tolerance report. Not part of any hash."""
+
+    @abstractmethod
+    def with_meta(self, meta: Mapping[str, Any]) -> Self:
+        """The same tokenizer with these facts added."""
+
     @property
     def layout(self) -> TokenLayout:
         """Layout at the fitted horizon for the default embodiment."""
@@ -120,8 +147,6 @@ class ActionTokenizer(ABC):
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path, *, revision: str | None = None) -> Self:
         """Load a folder or Hub id saved by this class. Raises ArtifactError; `actok.load` finds the class by itself."""
-        from actok.core.errors import ArtifactError
-
         artifact = read_artifact(folder_or_hub_id, revision=revision)
         if artifact.kind != cls.kind:
             raise ArtifactError(

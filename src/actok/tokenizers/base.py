@@ -340,6 +340,17 @@ class ClosedFormTokenizer(ActionTokenizer):
         """Action space by embodiment; the first is the default."""
         return MappingProxyType({name: e.space for name, e in self._embodiments.items()})
 
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """See ActionTokenizer.meta."""
+        return MappingProxyType(self._meta)
+
+    def with_meta(self, meta: Mapping[str, Any]) -> Self:
+        """See ActionTokenizer.with_meta."""
+        return type(self)(
+            self.config, self._embodiments, self._horizon, self._tensors, self._files, {**self._meta, **meta}
+        )
+
     def to_artifact(self) -> Artifact:
         """See ActionTokenizer.to_artifact."""
         return Artifact(

@@ -1,0 +1,34 @@
+"""actok fit"""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit on the training episodes, save, and say what was made."""
+    from actok.core import parse_assignments
+    from actok.training import fit
+
+    settings = parse_assignments(args.set)
+    tokenizer = fit(
+        args.name,
+        list(args.data),
+        tolerance=args.tolerance,
+        horizon=args.horizon,
+        space=args.space,
+        seed=args.seed,
+        **settings,
+    )
+    folder = tokenizer.save_pretrained(args.out)
+    for facts in tokenizer.meta["data"]:
+        print(
+            f"{facts['name']}: {facts['episodes']} episodes, {facts['frames']} frames; fitted on {facts['train_chunks']}"
+            f" chunks of {facts['horizon']} steps; action space {facts['space_origin']}"
+        )
+    if report := tokenizer.meta.get("tolerance"):
+        print(report["summary"])
+    print(f"{args.name} saved in {folder} (hash {tokenizer.weights_hash[:12]}); look at it with: actok inspect {args.out}")
+    return 0

@@ -1,0 +1,121 @@
+"""The command line's surface. Only argparse is imported here, so that `actok --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["build_parser"]
+
+WORKERS_HELP = "processes (default: 2)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    from actok import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="actok",
+        description="Action tokenizers for vision-language-action models: fit, use, compare, replay in simulation.",
+        epilog="Exit codes: 0 done, 1 error, 2 usage, 3 done but something in it failed, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"actok {__version__}")
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, summary: str, module: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", parents=[debug])
+        sub.set_defaults(module=module)
+        return sub
+
+    v = verb("list", "list tokenizers, action spaces or mixtures", "inspect")
+    v.add_argument("what", nargs="?", choices=("tokenizers", "spaces", "mixtures"), default="tokenizers")
+    v.add_argument("--json", action="store_true", help="machine-readable output")
+
+    v = verb("collect", "record demonstrations of scripted experts in simulation", "simulate")
+    v.add_argument("--env", default="metaworld", help="simulator (default: metaworld)")
+    v.add_argument("--out", required=True, metavar="DIR", help="LeRobot v3.0 folder to write; must be new or empty")
+    v.add_argument("--tasks", default="all", help="comma-separated task names (default: all)")
+    v.add_argument("--episodes", type=int, default=10, help="successful episodes wanted per task (default: 10)")
+    v.add_argument("--images", type=int, metavar="PIXELS", help="also render three views of this size")
+    v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
+    _seed(v, "of the start states")
+
+    v = verb("fit", "fit a tokenizer on a dataset's training episodes", "fit")
+    v.add_argument("name", metavar="NAME", help="a tokenizer of `actok list`")
+    _data(v, many=True)
+    v.add_argument("--out", required=True, metavar="DIR", help="folder to save the tokenizer in")
+    _settings(v)
+    v.add_argument("--tolerance", metavar="TEXT", help='search the coarsest setting within e.g. "2 mm, 1 deg" (p99)')
+    v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: one second)")
+    _seed(v, "of the split into training, validation and test episodes")
+
+    v = verb("encode", "turn a dataset into tokens", "code")
+    v.add_argument("tokenizer", metavar="DIR", help="saved tokenizer, or Hub id")
+    _data(v, many=False)
+    v.add_argument("--out", required=True, metavar="FILE", help="parquet file to write")
+    v.add_argument("--stride", type=int, help="steps between chunk starts (default: the horizon, so chunks tile)")
+
+    v = verb("decode", "turn a token file back into actions", "code")
+    v.add_argument("tokenizer", metavar="DIR", help="saved tokenizer, or Hub id")
+    v.add_argument("--tokens", required=True, metavar="FILE", help="parquet file of `actok encode`")
+    v.add_argument("--out", required=True, metavar="FILE", help="npz file to write")
+    v.add_argument("--repair", metavar="MODE", help="repair undecodable sequences by this named mode (default: leave NaN)")
+
+    v = verb("inspect", "show what a saved tokenizer is, or what a dataset holds", "inspect")
+    v.add_argument("path", metavar="DIR", help="saved tokenizer, Hub id, or dataset")
+    v.add_argument("--space", metavar="NAME_OR_TOML", help="action space of a dataset")
+    v.add_argument("--json", action="store_true", help="machine-readable output")
+
+    v = verb("bench", "compare tokenizers on held-out episodes", "bench")
+    _data(v, many=True)
+    _tokenizers(v)
+    v.add_argument("--out", required=True, metavar="DIR", help="writes results.json, table.md and report.html there")
+    v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: one second)")
+    v.add_argument("--sweep", action="store_true", help="also every setting of each preset's sweep (rate-distortion)")
+    v.add_argument("--replay", metavar="FILE", help="replay.json of `actok replay`, to show beside the errors")
+    v.add_argument("--fresh", action="store_true", help="do not reuse finished parts of an earlier run in DIR")
+    _seed(v, "of the split and of every random test")
+
+    v = verb("replay", "execute decoded demonstrations in simulation, open loop", "simulate")
+    _tokenizers(v)
+    v.add_argument("--env", default="metaworld", help="simulator (default: metaworld)")
+    v.add_argument("--out", required=True, metavar="DIR", help="writes replay.json there")
+    v.add_argument("--data", metavar="PATH", help="demonstrations with start states (default: collect them into DIR)")
+    v.add_argument("--episodes", type=int, default=5, help="test episodes per task (default: 5)")
+    v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: one second)")
+    v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
+    _seed(v, "of the split")
+
+    v = verb("demo", "collect, fit, compare, replay and report, in one go", "demo")
+    v.add_argument("--data", metavar="PATH", help="own dataset or Hub id instead of collecting (no replay)")
+    v.add_argument("--space", metavar="NAME_OR_TOML", help="action space of the data, where they do not tell")
+    v.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
+    v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
+    _seed(v, "of everything")
+    return parser
+
+
+def _data(v: argparse.ArgumentParser, *, many: bool) -> None:
+    v.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        nargs="+" if many else None,
+        help="LeRobot, RLDS, HDF5 or npz folder or file, or Hub id" + ("; several allowed" if many else ""),
+    )
+    v.add_argument("--space", metavar="NAME_OR_TOML", help="action space of the data, where they do not tell")
+
+
+def _settings(v: argparse.ArgumentParser) -> None:
+    v.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
+
+
+def _tokenizers(v: argparse.ArgumentParser) -> None:
+    v.add_argument(
+        "--tokenizers", required=True, metavar="NAME_OR_DIR,...", help="presets to fit, or saved folders, comma-separated"
+    )
+
+
+def _seed(v: argparse.ArgumentParser, what: str) -> None:
+    v.add_argument("--seed", type=int, default=0, help=f"{what} (default: 0)")

@@ -1,0 +1,106 @@
+"""Token files: encoded chunks in parquet, carrying the hash of the tokenizer that made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actok.core import DataError
+
+FORMAT = "actok.tokens/1"
+
+__all__ = ["TokenTable", "read_tokens", "write_tokens"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenTable:
+    """B encoded chunks.
+
+    Attributes:
+        ids: flat int64; sequence b is ids[offsets[b]:offsets[b + 1]].
+        offsets: [B + 1].
+        episode, start: [B] where each chunk was cut: episode of the dataset, first step within it.
+        real_steps: [B] steps that are not padding.
+        out_of_range, saturated: [B] counts reported by `encode`.
+        tokenizer_hash: `weights_hash` of the tokenizer.
+        horizon, embodiment, dataset: what `decode` and a reader need.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    episode: np.ndarray
+    start: np.ndarray
+    real_steps: np.ndarray
+    out_of_range: np.ndarray
+    saturated: np.ndarray
+    tokenizer_hash: str
+    horizon: int
+    embodiment: str
+    dataset: str
+
+
+_COLUMNS = ("episode", "start", "real_steps", "out_of_range", "saturated")
+
+
+def write_tokens(table: TokenTable, path: str | Path) -> Path:
+    """Write a parquet file, atomically: one row a chunk, columns ids (list), episode, start, real_steps, counts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    ids = pa.LargeListArray.from_arrays(pa.array(table.offsets, pa.int64()), pa.array(table.ids, pa.int32()))
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "tokenizer_hash": table.tokenizer_hash,
+        "horizon": table.horizon,
+        "embodiment": table.embodiment,
+        "dataset": table.dataset,
+    }
+    columns = {name: pa.array(getattr(table, name), pa.int64()) for name in _COLUMNS}
+    arrow = pa.table({**columns, "ids": ids}).replace_schema_metadata({"actok": json.dumps(facts)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    try:
+        pq.write_table(arrow, temporary, compression="zstd")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def read_tokens(path: str | Path) -> TokenTable:
+    """Read what `write_tokens` wrote. Raises DataError where the file is missing, corrupt or of another kind."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        arrow = pq.read_table(path)
+        facts = json.loads((arrow.schema.metadata or {})[b"actok"])
+    except FileNotFoundError:
+        raise DataError(f"token file {path} does not exist; write one with: actok encode") from None
+    except KeyError:
+        raise DataError(f"{path} is parquet but no token file of actok; write one with: actok encode") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"token file {path} cannot be read ({error}); encode the data again") from None
+    if facts.get("format") != FORMAT:
+        raise DataError(f"{path} has format {facts.get('format')!r}, this actok reads {FORMAT!r}; encode the data again")
+    ids = arrow["ids"].combine_chunks()
+    offsets = ids.offsets.to_numpy().astype(np.int64)
+    columns = {name: arrow[name].to_numpy() for name in _COLUMNS}
+    return TokenTable(
+        ids=ids.values.to_numpy().astype(np.int64),
+        offsets=offsets,
+        tokenizer_hash=facts["tokenizer_hash"],
+        horizon=facts["horizon"],
+        embodiment=facts["embodiment"],
+        dataset=facts["dataset"],
+        **columns,
+    )

@@ -1,0 +1,175 @@
+"""From data and a preset's name to a fitted tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actok.core import (
+    ActionSpace,
+    ActionTokenizer,
+    DataError,
+    FitPart,
+    as_float_batch,
+    build_config,
+    find_class,
+    find_preset,
+    read_artifact,
+)
+from actok.core.arrays import is_torch
+from actok.core.registry import load_target
+from actok.data import Chunks, FrameCache, open_dataset, split_episodes
+from actok.training.tolerance import Tolerance, search
+
+FRACTIONS = (0.8, 0.1, 0.1)
+
+__all__ = ["FRACTIONS", "Material", "fit", "fit_parts", "load", "load_material"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Material:
+    """One dataset ready for fitting: chunks by split, all from whole episodes.
+
+    Attributes:
+        train, validation, test: FitPart of each split, or None where the split is empty.
+        anchors: proprioception at the chunk starts of validation and test, or None.
+        origin: what the data were and how the action space was found, for the artifact's meta.
+    """
+
+    train: FitPart
+    validation: FitPart | None
+    test: FitPart | None
+    anchors: Mapping[str, np.ndarray | None]
+    origin: Mapping[str, Any]
+
+
+def load(folder_or_hub_id: str | Path, *, revision: str | None = None) -> ActionTokenizer:
+    """Load any tokenizer: a folder or Hub id written by `save_pretrained`, or published FAST+ files.
+
+    Raises ArtifactError naming what is missing, truncated or edited.
+    """
+    from actok.tokenizers.fast import FastTokenizer, is_published_folder
+
+    if is_published_folder(folder_or_hub_id):
+        return FastTokenizer.from_published(folder_or_hub_id)
+    artifact = read_artifact(folder_or_hub_id, revision=revision)
+    tokenizer: ActionTokenizer = find_class(artifact.kind).from_artifact(artifact)
+    return tokenizer
+
+
+def fit_parts(name: str, parts: Sequence[FitPart], **settings: Any) -> ActionTokenizer:
+    """Fit the preset `name`, its settings overridden by `settings`, on prepared chunks of one or more embodiments."""
+    preset = find_preset(name)
+    target = load_target(preset.target)
+    config = build_config(target.config_class, {**preset.settings, **settings}, f"tokenizer {name!r}")
+    tokenizer: ActionTokenizer = target.fit(parts, config)
+    return tokenizer
+
+
+def fit(
+    name: str,
+    data: Any,
+    *,
+    tolerance: Any = None,
+    horizon: int | None = None,
+    space: str | Path | ActionSpace | None = None,
+    seed: int = 0,
+    max_chunks: int = 200_000,
+    **settings: Any,
+) -> ActionTokenizer:
+    """Fit a tokenizer on a user's data.
+
+    Episodes are split 80/10/10 by `seed`; fitting sees the training episodes only. With `tolerance` the preset's sweep
+    is searched from coarse to fine: the first setting whose error on the validation episodes is within it is taken, and
+    its error on the test episodes stands in the artifact's meta.
+
+    Args:
+        name: a preset (`actok.list_tokenizers()`).
+        data: float array [B, T, D] of chunks; a folder, file or Hub id; or a list of these (one embodiment each).
+        tolerance: e.g. "2 mm, 1 deg" or "0.02 normalised", at the 99th percentile; see `Tolerance.parse`.
+        horizon: T; default one second of control (`ActionSpace.default_horizon`). Ignored for an array of chunks.
+        space: action space preset, TOML file or object; needed where the data do not tell.
+        seed: of the split and of subsampling.
+        max_chunks: a larger training set is subsampled to this many chunks, evenly over all.
+        **settings: override the preset's settings.
+
+    Raises:
+        ConfigError: unknown preset or setting. DataError: nothing to fit on, bad values. SpaceMismatchError: D differs
+        from the space. ToleranceError: no setting of the sweep meets the tolerance (the message says how near).
+    """
+    find_preset(name)
+    sources = data if isinstance(data, (list, tuple)) and data and not isinstance(data[0], np.ndarray) else [data]
+    materials = [
+        load_material(source, horizon=horizon, space=space, seed=seed, max_chunks=max_chunks) for source in sources
+    ]
+    parts = [m.train for m in materials]
+    meta: dict[str, Any] = {
+        "preset": name,
+        "data": [dict(m.origin) for m in materials],
+        "split": {"seed": seed, "fractions": list(FRACTIONS)},
+    }
+    if tolerance is None:
+        tokenizer = fit_parts(name, parts, **settings)
+    else:
+        bound = Tolerance.parse(tolerance)
+        tokenizer, meta["tolerance"] = search(name, materials, bound, settings, fit_parts)
+    return tokenizer.with_meta(meta)
+
+
+def load_material(
+    source: Any,
+    *,
+    horizon: int | None = None,
+    space: str | Path | ActionSpace | None = None,
+    seed: int = 0,
+    max_chunks: int = 200_000,
+) -> Material:
+    """Open a source, split it by episode and cut chunks. An array's chunks count as episodes of their own."""
+    if isinstance(source, np.ndarray) or is_torch(source):
+        chunks = as_float_batch(source, "chunks")
+        dataset = open_dataset(list(chunks), space=space, name="array")
+        horizon = chunks.shape[1]
+    else:
+        dataset = open_dataset(source, space=space)
+    cache = FrameCache.build(dataset)
+    steps = horizon or dataset.space.default_horizon
+    if steps < 1:
+        raise DataError(f"horizon is {steps}; give at least 1 step")
+    split = split_episodes(len(dataset), fractions=FRACTIONS, seed=seed)
+    statistics = cache.statistics(split.train)
+    anchors: dict[str, np.ndarray | None] = {}
+
+    def part(which: str) -> FitPart | None:
+        episodes = getattr(split, which)
+        if not len(episodes):
+            return None
+        pool = Chunks(cache, steps, episodes)
+        wanted = np.arange(len(pool))
+        if len(wanted) > max_chunks:
+            wanted = np.linspace(0, len(pool) - 1, max_chunks).round().astype(np.int64)
+        batch = pool.batch(wanted)
+        anchors[which] = batch.anchor
+        pad = batch.pad_mask if batch.pad_mask.any() else None
+        return FitPart(actions=batch.actions, space=dataset.space, statistics=statistics, pad_mask=pad)
+
+    train = part("train")
+    if train is None:
+        raise DataError(f"{dataset.name}: no episode is left to fit on; give at least one episode")
+    return Material(
+        train=train,
+        validation=part("validation"),
+        test=part("test"),
+        anchors=anchors,
+        origin={
+            "name": dataset.name,
+            "episodes": len(dataset),
+            "frames": int(np.sum(dataset.lengths)),
+            "horizon": steps,
+            "train_chunks": len(train.actions),
+            "space_origin": dataset.space_origin,
+        },
+    )
