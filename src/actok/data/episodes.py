@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from actok.core import ActionSpace
+from actok.core import ActionSpace, DataError
 
-__all__ = ["Episode", "EpisodeDataset"]
+__all__ = ["Episode", "EpisodeDataset", "require_finite"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,7 +23,7 @@ class Episode:
         proprio: float32 [T, P], or None.
         instruction: the task in words ("" where the dataset has none).
         task: short task key, e.g. "reach-v3" ("" where there is none); replay reports per task.
-        subtask: int [T] index into `subtask_names` of the sub-task active at each step, or None.
+        subtask: int [T] index into `subtask_names` of the sub-task active at each step (-1: none is), or None.
         subtask_names: what the sub-tasks are called.
         timestamps: float64 [T] seconds from the episode's start, or None (then frame / rate).
         success: whether the demonstration succeeded, None where unknown.
@@ -73,3 +73,35 @@ class EpisodeDataset(ABC):
     def __iter__(self) -> Iterator[Episode]:
         for index in range(len(self)):
             yield self.episode(index)
+
+    def all_actions(self) -> tuple[np.ndarray, np.ndarray]:
+        """All actions in one go: float32 [N, D], and int64 offsets [E + 1] of the episodes in them.
+
+        What statistics and caches stream over; readers override it where they can read whole files. Raises DataError
+        as `episode` does.
+        """
+        offsets = np.zeros(len(self) + 1, np.int64)
+        np.cumsum(self.lengths, out=offsets[1:])
+        frames = np.empty((offsets[-1], self.space.dim), np.float32)
+        for index in range(len(self)):
+            frames[offsets[index] : offsets[index + 1]] = self.episode(index).actions
+        return frames, offsets
+
+
+def require_finite(actions: np.ndarray, offsets: np.ndarray, dataset: str, first: int = 0) -> None:
+    """Refuse NaN and infinity in actions [N, D] of consecutive episodes cut at `offsets`, `first` being the first's index.
+
+    Raises DataError naming dataset, episode, step and dimension.
+    """
+    # A sum is non-finite if any member is (or overflows, hence the second look), and costs one pass.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(actions.sum(dtype=np.float64)):
+            return
+    bad = np.argwhere(~np.isfinite(actions))
+    if len(bad):
+        row, dim = (int(i) for i in bad[0])
+        episode = int(np.searchsorted(offsets, row, side="right")) - 1
+        raise DataError(
+            f"dataset {dataset!r} holds {actions[row, dim]} in episode {first + episode}, step {row - offsets[episode]},"
+            f" dimension {dim} ({len(bad)} non-finite values in all); drop or repair these steps first"
+        )
