@@ -30,13 +30,14 @@ def _encode(args: argparse.Namespace) -> int:
     if stride < 1:
         raise ConfigError(f"--stride is {stride}; give at least 1 step")
     chunks = Chunks(FrameCache.build(dataset), tokenizer.horizon, stride=stride)
-    ids, lengths, columns = [], [], []
+    ids, lengths, columns, anchors = [], [], [], []
     for first in tqdm(range(0, len(chunks), BATCH), "encode", unit="batch", delay=2, disable=None):
         batch = chunks.batch(np.arange(first, min(first + BATCH, len(chunks))))
         context = ChunkContext(embodiment=embodiment, pad_mask=batch.pad_mask, anchor=batch.anchor)
         tokens = tokenizer.encode(batch.actions, context)
         ids.append(tokens.flat)
         lengths.append(tokens.lengths)
+        anchors.append(batch.anchor)
         real = (~batch.pad_mask).sum(1)
         columns.append(np.stack([batch.episode, batch.start, real, tokens.out_of_range, tokens.saturated]))
     episode, start, real_steps, out_of_range, saturated = np.concatenate(columns, axis=1)
@@ -53,6 +54,7 @@ def _encode(args: argparse.Namespace) -> int:
         horizon=tokenizer.horizon,
         embodiment=embodiment,
         dataset=dataset.name,
+        anchor=None if anchors[0] is None else np.concatenate(anchors),
     )
     write_tokens(table, args.out)
     values = int(real_steps.sum()) * dataset.space.dim
@@ -78,13 +80,14 @@ def _decode(args: argparse.Namespace) -> int:
             f"{args.tokens} was made by the tokenizer {table.tokenizer_hash[:12]}, {args.tokenizer} is"
             f" {tokenizer.weights_hash[:12]}; decode with the one that encoded"
         )
-    context = ChunkContext(embodiment=table.embodiment, horizon=table.horizon)
     count = len(table.offsets) - 1
     actions, valid, repaired = [], [], []
     reason = None
     for first in tqdm(range(0, count, BATCH), "decode", unit="batch", delay=2, disable=None):
         last = min(first + BATCH, count)
         rows = [table.ids[table.offsets[b] : table.offsets[b + 1]] for b in range(first, last)]
+        anchor = None if table.anchor is None else table.anchor[first:last]
+        context = ChunkContext(embodiment=table.embodiment, horizon=table.horizon, anchor=anchor)
         out = tokenizer.decode(rows, context, repair=args.repair)
         actions.append(out.actions)
         valid.append(out.valid)

@@ -30,5 +30,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if report := tokenizer.meta.get("tolerance"):
         print(report["summary"])
-    print(f"{args.name} saved in {folder} (hash {tokenizer.weights_hash[:12]}); look at it with: actok inspect {args.out}")
+    print(
+        f"{args.name} saved in {folder} (hash {tokenizer.weights_hash[:12]}); look at it with: actok inspect {args.out}"
+    )
     return 0

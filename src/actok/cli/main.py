@@ -1,10 +1,10 @@
 """`actok`: parse, run one verb, and end with an exit code that scripts can trust.
 
-    0    done
-    1    an error, told in one line on stderr (--debug shows the traceback)
-    2    the command line could not be understood
-    3    done, but something in it failed: a sequence that did not decode, a tokenizer that could not be fitted
-    130  interrupted; no file was left half-written
+0    done
+1    an error, told in one line on stderr (--debug shows the traceback)
+2    the command line could not be understood
+3    done, but something in it failed: a sequence that did not decode, a tokenizer that could not be fitted
+130  interrupted; no file was left half-written
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("tokenizer", metavar="DIR", help="saved tokenizer, or Hub id")
     v.add_argument("--tokens", required=True, metavar="FILE", help="parquet file of `actok encode`")
     v.add_argument("--out", required=True, metavar="FILE", help="npz file to write")
-    v.add_argument("--repair", metavar="MODE", help="repair undecodable sequences by this named mode (default: leave NaN)")
+    v.add_argument(
+        "--repair", metavar="MODE", help="repair undecodable sequences by this named mode (default: leave NaN)"
+    )
 
     v = verb("inspect", "show what a saved tokenizer is, or what a dataset holds", "inspect")
     v.add_argument("path", metavar="DIR", help="saved tokenizer, Hub id, or dataset")
@@ -113,7 +115,10 @@ def _settings(v: argparse.ArgumentParser) -> None:
 
 def _tokenizers(v: argparse.ArgumentParser) -> None:
     v.add_argument(
-        "--tokenizers", required=True, metavar="NAME_OR_DIR,...", help="presets to fit, or saved folders, comma-separated"
+        "--tokenizers",
+        required=True,
+        metavar="NAME_OR_DIR,...",
+        help="presets to fit, or saved folders, comma-separated",
     )
 
 

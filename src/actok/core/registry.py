@@ -28,7 +28,17 @@ from actok.core.errors import ConfigError, MissingExtraError
 CONFIGS = Path(__file__).parent.parent / "configs"
 ENTRY_POINT_GROUP = "actok.tokenizers"
 
-__all__ = ["CONFIGS", "Preset", "find_class", "find_preset", "list_tokenizers", "load_target", "read_toml", "suggest", "tokenizer_presets"]
+__all__ = [
+    "CONFIGS",
+    "Preset",
+    "find_class",
+    "find_preset",
+    "list_tokenizers",
+    "load_target",
+    "read_toml",
+    "suggest",
+    "tokenizer_presets",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +119,9 @@ def find_class(kind: str) -> Any:
             continue
         if candidate.kind == kind:
             return candidate
-    raise ConfigError(f"no installed tokenizer reads artifacts of kind {kind!r}; install the package that wrote it{missing}")
+    raise ConfigError(
+        f"no installed tokenizer reads artifacts of kind {kind!r}; install the package that wrote it{missing}"
+    )
 
 
 def list_tokenizers() -> list[str]:

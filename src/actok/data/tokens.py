@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from actok.core import DataError
+from actok.core.files import atomic_path
 
 FORMAT = "actok.tokens/1"
 
-__all__ = ["TokenTable", "read_tokens", "write_tokens"]
+__all__ = ["TokenTable", "read_tokens", "write_npz", "write_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +27,7 @@ class TokenTable:
         episode, start: [B] where each chunk was cut: episode of the dataset, first step within it.
         real_steps: [B] steps that are not padding.
         out_of_range, saturated: [B] counts reported by `encode`.
+        anchor: float32 [B, P] proprioception at the chunk starts, for tokenizers that decode from the state; or None.
         tokenizer_hash: `weights_hash` of the tokenizer.
         horizon, embodiment, dataset: what `decode` and a reader need.
     """
@@ -43,6 +43,7 @@ class TokenTable:
     horizon: int
     embodiment: str
     dataset: str
+    anchor: np.ndarray | None = None
 
 
 _COLUMNS = ("episode", "start", "real_steps", "out_of_range", "saturated")
@@ -62,17 +63,13 @@ def write_tokens(table: TokenTable, path: str | Path) -> Path:
         "embodiment": table.embodiment,
         "dataset": table.dataset,
     }
-    columns = {name: pa.array(getattr(table, name), pa.int64()) for name in _COLUMNS}
+    columns: dict[str, Any] = {name: pa.array(getattr(table, name), pa.int64()) for name in _COLUMNS}
+    if table.anchor is not None:
+        values = pa.array(np.ascontiguousarray(table.anchor, np.float32).reshape(-1))
+        columns["anchor"] = pa.FixedSizeListArray.from_arrays(values, table.anchor.shape[1])
     arrow = pa.table({**columns, "ids": ids}).replace_schema_metadata({"actok": json.dumps(facts)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
+    with atomic_path(path) as temporary:
         pq.write_table(arrow, temporary, compression="zstd")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return path
 
 
@@ -95,6 +92,10 @@ def read_tokens(path: str | Path) -> TokenTable:
     ids = arrow["ids"].combine_chunks()
     offsets = ids.offsets.to_numpy().astype(np.int64)
     columns = {name: arrow[name].to_numpy() for name in _COLUMNS}
+    anchor = None
+    if "anchor" in arrow.column_names:
+        values = arrow["anchor"].combine_chunks()
+        anchor = values.values.to_numpy().reshape(len(values), -1)
     return TokenTable(
         ids=ids.values.to_numpy().astype(np.int64),
         offsets=offsets,
@@ -102,5 +103,13 @@ def read_tokens(path: str | Path) -> TokenTable:
         horizon=facts["horizon"],
         embodiment=facts["embodiment"],
         dataset=facts["dataset"],
+        anchor=anchor,
         **columns,
     )
+
+
+def write_npz(path: str | Path, **arrays: np.ndarray) -> Path:
+    """Write named arrays to a compressed npz file, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    return Path(path)

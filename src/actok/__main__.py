@@ -1,0 +1,5 @@
+"""`python -m actok`"""
+
+from actok.cli import main
+
+raise SystemExit(main())

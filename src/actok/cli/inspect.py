@@ -1,0 +1,140 @@
+"""actok list and actok inspect"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dispatch on the verb."""
+    return _list(args) if args.verb == "list" else _inspect(args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from actok.core.registry import CONFIGS, read_toml, tokenizer_presets
+
+    if args.what == "tokenizers":
+        rows = [
+            {"name": p.name, "summary": p.summary, "paper": p.paper, "settings": dict(p.settings)}
+            for p in tokenizer_presets().values()
+        ]
+    else:
+        rows = []
+        for path in sorted((CONFIGS / args.what).glob("*.toml")):
+            values = read_toml(path)
+            rows.append({"name": path.stem, "summary": values.get("summary") or values.get("note", "")})
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        width = max(len(r["name"]) for r in rows)
+        for row in rows:
+            print(f"{row['name']:{width}}  {row['summary']}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from actok.core import ArtifactError
+    from actok.training import load
+
+    try:
+        tokenizer = load(args.path)
+    except ArtifactError as error:
+        if not Path(args.path).exists() or (Path(args.path) / "config.json").exists():
+            raise
+        return _inspect_data(args, error)
+    layout = tokenizer.layout
+    facts = {
+        "kind": tokenizer.kind,
+        "hash": tokenizer.weights_hash,
+        "horizon": tokenizer.horizon,
+        "vocab_size": tokenizer.vocab_size,
+        "tokens": [layout.min_len, layout.max_len],
+        "bits": layout.bits if layout.fixed_length else None,
+        "total": layout.total,
+        "passes": layout.passes if layout.fixed_length else None,
+        "settings": vars(tokenizer.config) if hasattr(tokenizer, "config") else {},
+        "meta": dict(tokenizer.meta),
+        "embodiments": {name: space.to_dict() for name, space in tokenizer.spaces.items()},
+    }
+    if args.json:
+        print(json.dumps(facts, indent=2, default=list))
+        return 0
+    length = str(layout.max_len) if layout.fixed_length else f"{layout.min_len} to {layout.max_len}"
+    _table(
+        [
+            ("tokenizer", tokenizer.kind),
+            ("hash", tokenizer.weights_hash),
+            ("horizon", f"{tokenizer.horizon} steps"),
+            ("vocabulary", f"{tokenizer.vocab_size} codes"),
+            ("tokens a chunk", length + (f", {layout.bits:.0f} bits" if layout.fixed_length else "")),
+            ("decodes", "always" if layout.total else "where valid says so; constraint() makes it always"),
+            *((f"setting {key}", str(value)) for key, value in facts["settings"].items()),
+            *(("fitted on", _fitted_on(d)) for d in tokenizer.meta.get("data", [])),
+        ]
+    )
+    if report := tokenizer.meta.get("tolerance"):
+        print(report["summary"])
+    _spaces([(space, f"embodiment {name}") for name, space in tokenizer.spaces.items()])
+    return 0
+
+
+def _inspect_data(args: argparse.Namespace, error: Exception) -> int:
+    from actok.core import DataError
+    from actok.data import open_dataset
+
+    try:
+        dataset = open_dataset(args.path, space=args.space)
+    except DataError as other:
+        raise DataError(f"{args.path} is neither a tokenizer ({error}) nor a dataset ({other})") from None
+    first = dataset.episode(0)
+    lengths = dataset.lengths
+    facts: dict[str, Any] = {
+        "name": dataset.name,
+        "episodes": len(dataset),
+        "frames": int(lengths.sum()),
+        "shortest": int(lengths.min()),
+        "longest": int(lengths.max()),
+        "instruction": first.instruction,
+        "space_origin": dataset.space_origin,
+        "space": dataset.space.to_dict(),
+    }
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    _table(
+        [
+            ("dataset", dataset.name),
+            ("episodes", f"{len(dataset)}, {lengths.min()} to {lengths.max()} steps, {lengths.sum()} in all"),
+            ("first instruction", repr(first.instruction)),
+            ("sub-tasks", ", ".join(first.subtask_names) or "none"),
+        ]
+    )
+    _spaces([(dataset.space, dataset.space_origin)])
+    return 0
+
+
+def _fitted_on(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['name']}: {facts['train_chunks']} chunks of {facts['episodes']} episodes' training part;"
+        f" space {facts['space_origin']}"
+    )
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:{width}}  {value}")
+
+
+def _spaces(spaces: Sequence[tuple[Any, str]]) -> None:
+    from actok.data import describe_space
+
+    for space, origin in spaces:
+        print()
+        print(describe_space(space, origin))
