@@ -315,10 +315,13 @@ class ClosedFormTokenizer(ActionTokenizer):
     def _check_ids(self, flat: np.ndarray, offsets: np.ndarray, horizon: int, context: ChunkContext) -> None:
         layout = self.layout_for(horizon, context.embodiment)
         lengths = np.diff(offsets)
-        if layout.fixed_length is not None and len(lengths) and (lengths == layout.fixed_length).all():
-            limit = np.broadcast_to(layout.vocab, (len(lengths), layout.fixed_length)).reshape(-1)
-        else:
-            limit = np.full(len(flat), layout.vocab.max())
+        # A sequence of a length that decodes is checked position by position. Any other becomes valid=False later on;
+        # of it one can only say that its ids exist at all.
+        limit = np.full(len(flat), layout.vocab.max())
+        if layout.fixed_length is not None:
+            position = np.arange(len(flat)) - np.repeat(offsets[:-1], lengths)
+            known = np.repeat(np.isin(lengths, (layout.fixed_length, *layout.prefixes)), lengths)
+            limit[known] = layout.vocab[position[known]]
         bad = (flat < 0) | (flat >= limit)
         if bad.any():
             i = int(np.argmax(bad))

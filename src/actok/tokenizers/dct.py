@@ -1,0 +1,71 @@
+"""DCT scalar tokens: the coefficients that vary most over all frequencies and dimensions, one token each.
+
+Each dimension is expanded in cosines over time (DCT-II). Coefficients are kept in units of amplitude, which do not
+depend on T:
+
+    x[t] = c[0] + sqrt(2) * sum over k of c[k] cos(pi k (2 t + 1) / (2 T))
+
+so c is the orthonormal DCT over sqrt(T), c[0] is the mean over time, and the same tokens describe the same movement at
+any number of steps. A frequency of T or more cannot be seen in T steps: it encodes as its mean and is left out on
+decoding. Setting of the published comparison (16 steps x 7 dimensions): 14 scalars of 8 bits, i.e. an eighth of the
+values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from actok.tokenizers.scalars import ScalarTokenizer, Transform
+
+__all__ = ["DctTokenizer", "cosines"]
+
+
+class DctTokenizer(ScalarTokenizer):
+    """One token a kept (frequency, dimension). Total; any horizon with the same N tokens."""
+
+    kind = "dct"
+
+    @classmethod
+    def fit_transform(cls, chunks: Sequence[np.ndarray], count: int) -> Transform:
+        """See ScalarTokenizer.fit_transform. Keeps the mean of every coefficient, so that dropped ones have theirs."""
+        steps, dim = chunks[0].shape[1:]
+        analysis = cosines(np.arange(steps), steps) / steps
+        coefficients = np.concatenate([np.matmul(analysis, c.astype(np.float64)) for c in chunks])
+        mean = coefficients.mean(0)
+        order = np.argsort(-coefficients.var(0).reshape(-1), kind="stable")[:count]
+        pairs = np.stack(np.divmod(order, dim), axis=1)
+        kept = (coefficients - mean).reshape(len(coefficients), -1)[:, order]
+        return Transform({"mean": mean, "pairs": pairs.astype(np.int64)}, kept, ("pairs",))
+
+    def _visible(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Positions, frequencies and dimensions of the kept scalars that T steps can show, and how many frequencies."""
+        frequency, part = self._tensors["pairs"].T
+        shown = np.flatnonzero(frequency < steps)
+        return shown, frequency[shown], part[shown], min(steps, len(self._tensors["mean"]))
+
+    def _analyse(self, chunks: np.ndarray) -> np.ndarray:
+        steps = chunks.shape[1]
+        shown, frequency, part, count = self._visible(steps)
+        coefficients = np.matmul(cosines(np.arange(count), steps) / steps, chunks.astype(np.float64))
+        scalars = np.zeros((len(chunks), 1, len(self._tensors["pairs"])))
+        scalars[:, 0, shown] = (coefficients - self._tensors["mean"][:count])[:, frequency, part]
+        return scalars
+
+    def _synthesise(self, scalars: np.ndarray, horizon: int) -> np.ndarray:
+        shown, frequency, part, count = self._visible(horizon)
+        coefficients = np.repeat(self._tensors["mean"][None, :count], len(scalars), axis=0)
+        coefficients[:, frequency, part] += scalars[:, 0, shown]
+        return np.matmul(cosines(np.arange(count), horizon).T, coefficients)
+
+    def _coordinates(self, windows: int) -> tuple[np.ndarray, np.ndarray]:
+        frequency, part = self._tensors["pairs"].T
+        return frequency[:, None], part[:, None]
+
+
+def cosines(frequencies: np.ndarray, steps: int) -> np.ndarray:
+    """float64 [F, T]: 1 for frequency 0, sqrt(2) cos(pi k (2 t + 1) / (2 T)) for the others; rows have norm sqrt(T)."""
+    k = np.asarray(frequencies)[:, None]
+    wave = np.cos(np.pi * k * (2 * np.arange(steps) + 1) / (2 * steps))
+    return np.where(k == 0, 1.0, np.sqrt(2.0)) * wave
