@@ -17,6 +17,7 @@ from actok.core.errors import ConfigError
 Kind = Literal["position", "rotation", "gripper", "joint", "velocity", "base", "hand", "raw"]
 Mode = Literal["absolute", "relative", "delta", "velocity"]
 Rotation = Literal["axis_angle", "quaternion_xyzw", "quaternion_wxyz", "rot6d", "euler_xyz", "euler_zyx"]
+Side = Literal["body", "world"]
 
 ROTATION_SIZE: Mapping[str, int] = {
     "axis_angle": 3,
@@ -27,7 +28,7 @@ ROTATION_SIZE: Mapping[str, int] = {
     "euler_zyx": 3,
 }
 
-__all__ = ["ROTATION_SIZE", "ActionGroup", "ActionSpace", "Kind", "Mode", "Rotation"]
+__all__ = ["ROTATION_SIZE", "ActionGroup", "ActionSpace", "Kind", "Mode", "Rotation", "Side"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class ActionGroup:
         rotation: format, for kind "rotation" only.
         unit: physical unit after scaling: "m", "rad", "fraction", "m/s", "rad/s" or "raw".
         scale: physical units per raw unit; None where nobody knows it.
+        side: for rotations that are not absolute, the axes they turn about: "body" (R = R0 S) or "world" (R = S R0);
+            None where nobody says, which is then treated as "body".
     """
 
     name: str
@@ -52,6 +55,7 @@ class ActionGroup:
     rotation: Rotation | None = None
     unit: str = "raw"
     scale: float | None = None
+    side: Side | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", tuple(int(d) for d in self.dims))
@@ -71,6 +75,8 @@ class ActionGroup:
                 )
         elif self.rotation is not None:
             raise ConfigError(f"{where} of kind {self.kind!r} names a rotation format; only kind 'rotation' has one")
+        if self.side is not None and (self.side not in get_args(Side) or self.kind != "rotation"):
+            raise ConfigError(f"{where} has side {self.side!r}; rotations alone have one: {', '.join(get_args(Side))}")
         if self.scale is not None and not self.scale > 0:
             raise ConfigError(f"{where} has scale {self.scale}; give the physical units per raw unit, above 0")
 
@@ -174,7 +180,7 @@ class ActionSpace:
                 continue
             found += [
                 f"{a.name} {field}: {getattr(a, field)} against {getattr(b, field)}"
-                for field in ("kind", "mode", "rotation", "unit", "scale")
+                for field in ("kind", "mode", "rotation", "unit", "scale", "side")
                 if getattr(a, field) != getattr(b, field)
             ]
         return found
