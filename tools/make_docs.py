@@ -2,13 +2,17 @@
 
 docs/cli.md                 from `actok VERB --help`
 docs/tokenizers/README.md   from the presets
+text blocks after Python blocks, on every page: what the blocks print (the tests compare them; `--check` does not)
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from actok.cli.parser import build_parser
@@ -42,6 +46,24 @@ def tokenizer_page() -> str:
     return f"{NOTE}# Tokenizers\n\n" + "\n".join(rows) + "\n"
 
 
+def with_outputs(text: str) -> str:
+    """The page with every text block that follows a Python block replaced by what the block prints."""
+    pattern = re.compile(r"^```python\n(.*?)^```(\n+```text\n)?(?(2)(.*?)^```)", re.M | re.S)
+    blocks = list(pattern.finditer(text))
+    if not any(b[2] for b in blocks):
+        return text
+    script = "\nprint('\\f', end='')\n".join(b[1] for b in blocks)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    printed = iter(done.stdout.split("\f"))
+
+    def fill(match: re.Match[str]) -> str:
+        output = next(printed)
+        return match[0] if match[2] is None else f"```python\n{match[1]}```{match[2]}{output}```"
+
+    return pattern.sub(fill, text)
+
+
 PAGES = {"docs/cli.md": cli_page, "docs/tokenizers/README.md": tokenizer_page}
 
 
@@ -61,6 +83,12 @@ def main() -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             print(f"wrote {name}")
+    if not check:
+        for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]):
+            text = path.read_text()
+            if (filled := with_outputs(text)) != text:
+                path.write_text(filled)
+                print(f"filled the outputs of {path.relative_to(ROOT)}")
     if stale:
         print(f"out of date: {', '.join(stale)}; run: make docs", file=sys.stderr)
     return bool(stale)
