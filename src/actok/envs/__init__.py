@@ -1,1 +1,5 @@
 """Simulators behind one small interface, each an optional extra."""
+
+from actok.envs.base import Env, Expert, ExpertAction, Observation, list_envs, make_env
+
+__all__ = ["Env", "Expert", "ExpertAction", "Observation", "list_envs", "make_env"]

@@ -1,0 +1,166 @@
+"""The interface that every simulator implements: small enough for a point mass, enough for recording and replay.
+
+An `Env` is one process's view of one simulator. It must be picklable: a copy carries the options it was made with, not
+the live simulator, so that worker processes can build their own. Physics must be a pure function of the start state
+and the actions, whatever ran before in the same process; exact replay depends on it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from actok.core.errors import ConfigError, DataError
+from actok.core.registry import load_target, suggest
+from actok.core.spaces import ActionSpace
+
+ENTRY_POINT_GROUP = "actok.envs"
+BUILT_IN: Mapping[str, str] = {"metaworld": "actok.envs.metaworld:MetaWorldEnv"}
+
+__all__ = ["Env", "Expert", "ExpertAction", "Observation", "list_envs", "make_env"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observation:
+    """What a robot sees before it acts.
+
+    Attributes:
+        proprio: float32 [P], the robot's own state.
+        state: float64, everything a scripted expert may know, goals included; None where the simulator has no expert.
+            Never shown to a policy.
+        images: view name -> uint8 [H, W, 3], upright; empty unless the environment was made with views.
+    """
+
+    proprio: np.ndarray
+    state: np.ndarray | None = None
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertAction:
+    """What a scripted expert does: an action float32 [D] in raw units, and the index of the sub-task it is at."""
+
+    action: np.ndarray
+    subtask: int
+
+
+class Expert(ABC):
+    """A scripted policy: a pure function of the observation.
+
+    Attributes:
+        subtask_names: what the sub-tasks are called, by index.
+    """
+
+    subtask_names: tuple[str, ...]
+
+    @abstractmethod
+    def __call__(self, observation: Observation) -> ExpertAction:
+        """The action for this observation, within the limits of the action space."""
+
+
+class Env(ABC):
+    """One simulator with a list of tasks.
+
+    Attributes:
+        name: as given to `make_env`.
+        max_steps: how many steps the benchmark allows an episode.
+    """
+
+    name: str
+    max_steps: int
+
+    @property
+    @abstractmethod
+    def tasks(self) -> Sequence[str]:
+        """Keys of the tasks."""
+
+    @property
+    @abstractmethod
+    def space(self) -> ActionSpace:
+        """What its actions mean."""
+
+    @property
+    def rate_hz(self) -> float:
+        """Actions a second of simulated time."""
+        assert self.space.rate_hz is not None, "an environment's action space states its rate"
+        return self.space.rate_hz
+
+    @abstractmethod
+    def instruction(self, task: str) -> str:
+        """The task in words."""
+
+    @abstractmethod
+    def reset(self, task: str, *, seed: int) -> Observation:
+        """Begin an episode of a task from a start state that is a pure function of task and seed."""
+
+    @abstractmethod
+    def start_state(self) -> dict[str, np.ndarray]:
+        """Arrays with which `restore` begins the current episode again, exactly."""
+
+    @abstractmethod
+    def restore(self, task: str, start_state: Mapping[str, np.ndarray]) -> Observation:
+        """Begin an episode from a stored start state. Raises DataError where it is not one of this task."""
+
+    @abstractmethod
+    def step(self, action: np.ndarray) -> Observation:
+        """Execute one action [D] in raw units. Raises DataError where it is not finite or of another size."""
+
+    @property
+    @abstractmethod
+    def success(self) -> bool:
+        """Whether the task is solved at this moment (after the last step; False before the first)."""
+
+    @abstractmethod
+    def expert(self, task: str) -> Expert:
+        """The scripted expert of a task. Raises ConfigError where there is none."""
+
+    def close(self) -> None:  # noqa: B027 - most simulators hold nothing that outlives them
+        """Free the simulator. The environment may be used again; it then builds a new one."""
+
+    def check_task(self, task: str) -> None:
+        """Raise ConfigError, with the nearest name, for a task that is not here."""
+        if task not in self.tasks:
+            raise ConfigError(f"environment {self.name!r} has no task {task!r}; {suggest(task, list(self.tasks))}")
+
+    def check_action(self, action: np.ndarray) -> np.ndarray:
+        """The action as float32 [D]. Raises DataError where it is not finite or of another size."""
+        array = np.asarray(action, np.float32)
+        if array.shape != (self.space.dim,):
+            raise DataError(
+                f"action has shape {array.shape}; environment {self.name!r} takes [{self.space.dim}]"
+                f" ({', '.join(self.space.names)})"
+            )
+        if not np.isfinite(array).all():
+            raise DataError(f"action {array.tolist()} is not finite; never execute an undecodable sequence")
+        return array
+
+
+def list_envs() -> dict[str, str]:
+    """Name -> "module:Class" of every environment: the built-in ones, then entry points of the group "actok.envs"."""
+    found = dict(BUILT_IN)
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        found.setdefault(point.name, point.value)
+    return found
+
+
+def make_env(name: str, **options: Any) -> Env:
+    """The environment of that name; `options` go to its constructor.
+
+    Raises ConfigError for an unknown name or option, MissingExtraError where its simulator is not installed.
+    """
+    targets = list_envs()
+    if name not in targets:
+        raise ConfigError(f"no environment is called {name!r}; {suggest(name, list(targets))}")
+    env_class = load_target(targets[name])
+    known = list(inspect.signature(env_class).parameters)
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"environment {name!r} has no option {option!r}; {suggest(option, known)}")
+    env: Env = env_class(**options)
+    return env
