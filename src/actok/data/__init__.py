@@ -6,21 +6,41 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: each reader brings its own libraries.
 _LAZY = {
+    "ChunkBatch": "actok.data.chunks",
+    "Chunks": "actok.data.chunks",
     "Episode": "actok.data.episodes",
     "EpisodeDataset": "actok.data.episodes",
+    "FrameCache": "actok.data.cache",
+    "Mixture": "actok.data.mixtures",
+    "MixtureSampler": "actok.data.mixtures",
+    "Split": "actok.data.splits",
+    "load_mixture": "actok.data.mixtures",
     "open_dataset": "actok.data.open",
+    "split_episodes": "actok.data.splits",
     "write_lerobot": "actok.data.lerobot_write",
 }
 
 if TYPE_CHECKING:
+    from actok.data.cache import FrameCache
+    from actok.data.chunks import ChunkBatch, Chunks
     from actok.data.episodes import Episode, EpisodeDataset
     from actok.data.lerobot_write import write_lerobot
+    from actok.data.mixtures import Mixture, MixtureSampler, load_mixture
     from actok.data.open import open_dataset
+    from actok.data.splits import Split, split_episodes
 
 __all__ = [
+    "ChunkBatch",
+    "Chunks",
     "Episode",
     "EpisodeDataset",
+    "FrameCache",
+    "Mixture",
+    "MixtureSampler",
+    "Split",
+    "load_mixture",
     "open_dataset",
+    "split_episodes",
     "write_lerobot",
 ]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -56,12 +57,15 @@ class EpisodeDataset(ABC):
         space_origin: how the space was found, in words, for the user ("preset bridge_widowx, named by the caller",
             "inferred from names in meta/info.json", "nothing known").
         lengths: int64 [E] steps of each episode.
+        source_files: every file that the actions and states come from, so that a cache knows when it is stale; empty
+            where the data live in memory (a cache then hashes the values).
     """
 
     name: str
     space: ActionSpace
     space_origin: str
     lengths: np.ndarray
+    source_files: Sequence[Path] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
