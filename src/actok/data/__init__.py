@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: each reader brings its own libraries.
 _LAZY = {
+    "TokenTable": "actok.data.tokens",
+    "read_tokens": "actok.data.tokens",
+    "write_npz": "actok.data.tokens",
+    "write_tokens": "actok.data.tokens",
     "ChunkBatch": "actok.data.chunks",
     "Chunks": "actok.data.chunks",
     "Episode": "actok.data.episodes",
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from actok.data.mixtures import Mixture, MixtureSampler, load_mixture
     from actok.data.open import open_dataset
     from actok.data.splits import Split, split_episodes
+    from actok.data.tokens import TokenTable, read_tokens, write_npz, write_tokens
 
 __all__ = [
     "ChunkBatch",
@@ -38,10 +43,14 @@ __all__ = [
     "Mixture",
     "MixtureSampler",
     "Split",
+    "TokenTable",
     "load_mixture",
     "open_dataset",
+    "read_tokens",
     "split_episodes",
     "write_lerobot",
+    "write_npz",
+    "write_tokens",
 ]
 
 
