@@ -1,0 +1,68 @@
+"""actok collect and actok replay"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["collect_into", "run"]
+
+# Rendered by `collect --images`: one view from the side, one from above, one from the gripper.
+VIEWS = ("corner2", "topview", "gripperPOV")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dispatch on the verb."""
+    if args.verb == "collect":
+        report = collect_into(
+            args.out, args.env, args.tasks, args.episodes, seed=args.seed, images=args.images, workers=args.workers
+        )
+        return 3 if report.short else 0
+    return _replay(args)
+
+
+def collect_into(
+    out: str, env_name: str, tasks: str, episodes: int, *, seed: int, workers: int, images: int | None = None
+) -> Any:
+    """Record into a LeRobot folder and say what was kept and what failed."""
+    from actok.envs import make_env
+    from actok.evaluation.record import collect, record_lerobot
+
+    env = make_env(env_name, views=VIEWS, image_size=images) if images else make_env(env_name)
+    wanted = None if tasks == "all" else [task.strip() for task in tasks.split(",") if task.strip()]
+    report = record_lerobot(collect(env, wanted, episodes, seed=seed, workers=workers), env, out)
+    steps = sum(task.steps for task in report.tasks.values())
+    print(
+        f"{report.kept} episodes, {steps} steps of {len(report.tasks)} tasks written to {out} in {report.seconds:.0f} s;"
+        f" {report.failed} failed attempts were dropped"
+    )
+    for task, missing in report.short.items():
+        print(f"actok: warning: {task}: {missing} of {report.asked} episodes are missing", file=sys.stderr)
+    return report
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from actok.benchmark import render_replay, replay_held_out
+
+    data = args.data
+    if data is None:
+        data = str(Path(args.out) / "demonstrations")
+        if not Path(data).exists():
+            # A tenth of the episodes is held out for testing.
+            collect_into(data, args.env, "all", 10 * args.episodes, seed=args.seed, workers=args.workers)
+    names = [name for name in args.tokenizers.split(",") if name]
+    result = replay_held_out(
+        data,
+        names,
+        args.env,
+        args.out,
+        per_task=args.episodes,
+        horizon=args.horizon,
+        seed=args.seed,
+        workers=args.workers,
+    )
+    print(render_replay(result))
+    print(f"written to {Path(args.out) / 'replay.json'}")
+    return 0
