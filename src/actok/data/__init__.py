@@ -20,6 +20,7 @@ _LAZY = {
     "Split": "actok.data.splits",
     "load_mixture": "actok.data.mixtures",
     "open_dataset": "actok.data.open",
+    "split_dataset": "actok.data.splits",
     "split_episodes": "actok.data.splits",
     "write_lerobot": "actok.data.lerobot_write",
 }
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from actok.data.lerobot_write import write_lerobot
     from actok.data.mixtures import Mixture, MixtureSampler, load_mixture
     from actok.data.open import open_dataset
-    from actok.data.splits import Split, split_episodes
+    from actok.data.splits import Split, split_dataset, split_episodes
     from actok.data.tokens import TokenTable, read_tokens, write_npz, write_tokens
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "load_mixture",
     "open_dataset",
     "read_tokens",
+    "split_dataset",
     "split_episodes",
     "write_lerobot",
     "write_npz",

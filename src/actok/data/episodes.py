@@ -57,6 +57,7 @@ class EpisodeDataset(ABC):
         space_origin: how the space was found, in words, for the user ("preset bridge_widowx, named by the caller",
             "inferred from names in meta/info.json", "nothing known").
         lengths: int64 [E] steps of each episode.
+        tasks: [E] task key of each episode, None where the dataset names none; known without reading the episodes.
         source_files: every file that the actions and states come from, so that a cache knows when it is stale; empty
             where the data live in memory (a cache then hashes the values).
     """
@@ -65,6 +66,7 @@ class EpisodeDataset(ABC):
     space: ActionSpace
     space_origin: str
     lengths: np.ndarray
+    tasks: Sequence[str] | None = None
     source_files: Sequence[Path] = ()
 
     def __len__(self) -> int:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from actok.core import ConfigError, DataError
+from actok.data.episodes import EpisodeDataset
 
-__all__ = ["Split", "split_episodes"]
+__all__ = ["Split", "split_dataset", "split_episodes"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +76,11 @@ def split_episodes(
     owner = _deal(order, tasks, share, totals)
     train, validation, test = (np.flatnonzero(owner == s) for s in range(3))
     return Split(train=train, validation=validation, test=test)
+
+
+def split_dataset(dataset: EpisodeDataset, *, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 0) -> Split:
+    """`split_episodes` of a dataset, each of its tasks in every split where the dataset names tasks."""
+    return split_episodes(len(dataset), fractions=fractions, seed=seed, tasks=dataset.tasks)
 
 
 def _totals(count: int, share: np.ndarray) -> np.ndarray:

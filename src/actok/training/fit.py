@@ -12,7 +12,6 @@ import numpy as np
 from actok.core import (
     ActionSpace,
     ActionTokenizer,
-    DataError,
     FitPart,
     as_float_batch,
     build_config,
@@ -22,9 +21,10 @@ from actok.core import (
 )
 from actok.core.arrays import is_torch
 from actok.core.registry import load_target
-from actok.data import Chunks, FrameCache, open_dataset, split_episodes
+from actok.data import Chunks, FrameCache, open_dataset, split_dataset
 from actok.training.tolerance import Tolerance, search
 
+# Of training, validation and test episodes, here and in the benchmark.
 FRACTIONS = (0.8, 0.1, 0.1)
 
 __all__ = ["FRACTIONS", "Material", "fit", "fit_parts", "load", "load_material"]
@@ -83,8 +83,8 @@ def fit(
 ) -> ActionTokenizer:
     """Fit a tokenizer on a user's data.
 
-    Episodes are split 80/10/10 by `seed`; fitting sees the training episodes only. With `tolerance` the preset's sweep
-    is searched from coarse to fine: the first setting whose error on the validation episodes is within it is taken, and
+    Episodes are split 80/10/10 by `seed`; fitting sees the training episodes only. An array of chunks is fitted on as a
+    whole, unless a tolerance asks for a split of its chunks. With `tolerance` the preset's sweep is searched from coarse to fine: the first setting whose error on the validation episodes is within it is taken, and
     its error on the test episodes stands in the artifact's meta.
 
     Args:
@@ -103,14 +103,14 @@ def fit(
     """
     find_preset(name)
     sources = data if isinstance(data, (list, tuple)) and data and not isinstance(data[0], np.ndarray) else [data]
+    options = {"horizon": horizon, "space": space, "seed": seed, "max_chunks": max_chunks}
     materials = [
-        load_material(source, horizon=horizon, space=space, seed=seed, max_chunks=max_chunks) for source in sources
+        load_material(source, hold_out=tolerance is not None or not _is_array(source), **options) for source in sources
     ]
     parts = [m.train for m in materials]
     meta: dict[str, Any] = {
         "preset": name,
         "data": [dict(m.origin) for m in materials],
-        "split": {"seed": seed, "fractions": list(FRACTIONS)},
     }
     if tolerance is None:
         tokenizer = fit_parts(name, parts, **settings)
@@ -127,19 +127,20 @@ def load_material(
     space: str | Path | ActionSpace | None = None,
     seed: int = 0,
     max_chunks: int = 200_000,
+    hold_out: bool = True,
 ) -> Material:
-    """Open a source, split it by episode and cut chunks. An array's chunks count as episodes of their own."""
-    if isinstance(source, np.ndarray) or is_torch(source):
-        chunks = as_float_batch(source, "chunks")
-        dataset = open_dataset(list(chunks), space=space, name="array")
-        horizon = chunks.shape[1]
-    else:
-        dataset = open_dataset(source, space=space)
+    """Open a source, split it by episode (`hold_out` False: all of it is training data) and cut chunks.
+
+    An array [B, T, D] counts as B episodes of one chunk each.
+    """
+    stride = 1
+    if _is_array(source):
+        source = list(as_float_batch(source, "chunks"))
+        stride = horizon = len(source[0])
+    dataset = open_dataset(source, space=space)
     cache = FrameCache.build(dataset)
-    steps = horizon or dataset.space.default_horizon
-    if steps < 1:
-        raise DataError(f"horizon is {steps}; give at least 1 step")
-    split = split_episodes(len(dataset), fractions=FRACTIONS, seed=seed)
+    steps = dataset.space.default_horizon if horizon is None else horizon
+    split = split_dataset(dataset, fractions=FRACTIONS if hold_out else (1.0, 0.0, 0.0), seed=seed)
     statistics = cache.statistics(split.train)
     anchors: dict[str, np.ndarray | None] = {}
 
@@ -147,7 +148,7 @@ def load_material(
         episodes = getattr(split, which)
         if not len(episodes):
             return None
-        pool = Chunks(cache, steps, episodes)
+        pool = Chunks(cache, steps, episodes, stride=stride)
         wanted = np.arange(len(pool))
         if len(wanted) > max_chunks:
             wanted = np.linspace(0, len(pool) - 1, max_chunks).round().astype(np.int64)
@@ -157,8 +158,7 @@ def load_material(
         return FitPart(actions=batch.actions, space=dataset.space, statistics=statistics, pad_mask=pad)
 
     train = part("train")
-    if train is None:
-        raise DataError(f"{dataset.name}: no episode is left to fit on; give at least one episode")
+    assert train is not None, "split_dataset fills train first"
     return Material(
         train=train,
         validation=part("validation"),
@@ -171,5 +171,10 @@ def load_material(
             "horizon": steps,
             "train_chunks": len(train.actions),
             "space_origin": dataset.space_origin,
+            "split": {"seed": seed, "fractions": list(FRACTIONS)} if hold_out else None,
         },
     )
+
+
+def _is_array(source: Any) -> bool:
+    return isinstance(source, np.ndarray) or is_torch(source)
