@@ -14,9 +14,10 @@ from scipy.interpolate import BSpline
 
 from actok.core.errors import ConfigError
 
-# Weight of the squared differences of neighbouring control points. It only decides what the steps leave open (fewer
-# steps than bases): there the curve goes on as evenly as it can. Elsewhere its effect is below float32 rounding.
-SMOOTHING = 1e-10
+# Weight of the squared differences of neighbouring control points. It decides what the steps leave open (fewer steps
+# than bases: the curve goes on as evenly as it can) or nearly open (as many steps as bases, where without it control
+# points far outside the data cancel each other and quantise badly). Elsewhere it moves the curve by a few 1e-6 at most.
+SMOOTHING = 1e-7
 
 __all__ = ["SMOOTHING", "clamped_knots", "control_points", "curve", "design_matrix"]
 
@@ -57,7 +58,7 @@ def control_points(chunks: np.ndarray, bases: int, degree: int, start: np.ndarra
     """Least-squares control points float64 [B, K, D] of chunks [B, T, D].
 
     With `start` [B, D] the first control point, and so the curve at u = 0, is that value, and the others are fitted
-    given it. Fewer steps than bases are fitted exactly, by the evenest control points that do.
+    given it. Fewer steps than bases are met all but exactly by the evenest control points that do.
     """
     y = np.asarray(chunks, np.float64)
     if start is None:
