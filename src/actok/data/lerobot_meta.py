@@ -43,6 +43,7 @@ __all__ = [
     "Clip",
     "LeRobotMeta",
     "read_parquet",
+    "read_rows",
     "to_matrix",
 ]
 
@@ -305,6 +306,20 @@ def read_parquet(path: Path, columns: Sequence[str] | None) -> pa.Table:
     try:
         # One thread: the columns are few, and callers run one reader per process.
         return pq.ParquetFile(path, memory_map=True).read(None if columns is None else list(columns), use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from None
+
+
+def read_rows(path: Path, columns: Sequence[str], rows: slice) -> pa.Table:
+    """A range of rows, decoding only the row groups that hold it. Raises DataError as `read_parquet` does."""
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        edges = np.concatenate([[0], np.cumsum(sizes)])
+        first = int(np.searchsorted(edges, rows.start, side="right")) - 1
+        last = int(np.searchsorted(edges, rows.stop, side="left"))
+        table = file.read_row_groups(list(range(first, last)), list(columns), use_threads=False)
+        return table.slice(rows.start - edges[first], rows.stop - rows.start)
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, error) from None
 

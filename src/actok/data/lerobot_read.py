@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from actok.core import ActionSpace, DataError
 from actok.data.episodes import Episode, EpisodeDataset, require_finite
-from actok.data.lerobot_meta import EXTRAS, INFO, LeRobotMeta, read_parquet, to_matrix
+from actok.data.lerobot_meta import EXTRAS, INFO, LeRobotMeta, read_parquet, read_rows, to_matrix
 from actok.data.resolve import resolve_space
 
 # Files whose columns are kept: one is enough to read in order, two serve a reader that goes back and forth at a border.
@@ -213,7 +213,7 @@ class LeRobotFolder(EpisodeDataset):
 
         views = {}
         if self.meta.image_keys:
-            table = read_parquet(self.meta.files[place], self.meta.image_keys).slice(rows.start, rows.stop - rows.start)
+            table = read_rows(self.meta.files[place], self.meta.image_keys, rows)
             for key in self.meta.image_keys:
                 where = f"{self.meta.files[place]}, column {key!r}"
                 views[key] = np.stack([decode_image(_bytes(v, self.meta.root, where), where) for v in table[key]])

@@ -108,9 +108,9 @@ class VideoWriter:
         self.path = path
         self.count = 0
         self._container: Any = av.open(str(path), "w")
-        self._stream: Any = self._container.add_stream(
-            CODEC, rate=Fraction(fps).limit_denominator(100_000), options=CODEC_OPTIONS
-        )
+        rate = Fraction(fps).limit_denominator(100_000)
+        self._time_base = 1 / rate
+        self._stream: Any = self._container.add_stream(CODEC, rate=rate, options=CODEC_OPTIONS)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, PIXELS
         self._frame = av.VideoFrame
 
@@ -119,7 +119,7 @@ class VideoWriter:
         for image in images:
             frame = self._frame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts = self.count
-            frame.time_base = 1 / self._stream.rate
+            frame.time_base = self._time_base
             self._container.mux(self._stream.encode(frame))
             self.count += 1
 
