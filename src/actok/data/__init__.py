@@ -6,10 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: each reader brings its own libraries.
 _LAZY = {
-    "TokenTable": "actok.data.tokens",
-    "read_tokens": "actok.data.tokens",
-    "write_npz": "actok.data.tokens",
-    "write_tokens": "actok.data.tokens",
     "ChunkBatch": "actok.data.chunks",
     "Chunks": "actok.data.chunks",
     "Episode": "actok.data.episodes",
@@ -18,11 +14,20 @@ _LAZY = {
     "Mixture": "actok.data.mixtures",
     "MixtureSampler": "actok.data.mixtures",
     "Split": "actok.data.splits",
+    "TokenTable": "actok.data.tokens",
+    "describe_space": "actok.data.spaces",
+    "find_space": "actok.data.spaces",
+    "infer_space": "actok.data.spaces",
+    "list_spaces": "actok.data.spaces",
     "load_mixture": "actok.data.mixtures",
     "open_dataset": "actok.data.open",
+    "read_tokens": "actok.data.tokens",
     "split_dataset": "actok.data.splits",
     "split_episodes": "actok.data.splits",
+    "union_mapping": "actok.data.spaces",
     "write_lerobot": "actok.data.lerobot_write",
+    "write_npz": "actok.data.tokens",
+    "write_tokens": "actok.data.tokens",
 }
 
 if TYPE_CHECKING:
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from actok.data.lerobot_write import write_lerobot
     from actok.data.mixtures import Mixture, MixtureSampler, load_mixture
     from actok.data.open import open_dataset
+    from actok.data.spaces import describe_space, find_space, infer_space, list_spaces, union_mapping
     from actok.data.splits import Split, split_dataset, split_episodes
     from actok.data.tokens import TokenTable, read_tokens, write_npz, write_tokens
 
@@ -45,11 +51,16 @@ __all__ = [
     "MixtureSampler",
     "Split",
     "TokenTable",
+    "describe_space",
+    "find_space",
+    "infer_space",
+    "list_spaces",
     "load_mixture",
     "open_dataset",
     "read_tokens",
     "split_dataset",
     "split_episodes",
+    "union_mapping",
     "write_lerobot",
     "write_npz",
     "write_tokens",
