@@ -88,9 +88,11 @@ class Bpe:
     @cached_property
     def _matcher(self) -> Any:
         """Compiled tables, or None where numba is missing or the file's merges do not allow them."""
-        from actok.signal.bpe_tables import build_matcher
-
-        return build_matcher(self)
+        try:
+            from actok.signal.bpe_numba import Matcher
+        except ImportError:
+            return None
+        return Matcher.build(self)
 
     @property
     def accelerated(self) -> bool:

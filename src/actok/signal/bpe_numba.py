@@ -1,0 +1,525 @@
+"""Exact byte-pair encoding by longest match, compiled with numba.
+
+A sequence of tokens is the BPE encoding of what it spells if and only if each adjacent pair of its tokens is the
+encoding of what that pair spells. (A merge across the border of two tokens would have to happen between their last
+atoms, so looking at neighbours is enough.) Hence: take the longest token that matches and goes with its predecessor;
+where none does, drop the predecessor and try its shorter prefixes; positions found to be dead ends are remembered.
+The pairs that go together are tabulated once, in V x V bytes. Linear in the length of the text, as in the
+backtracking encoder of van Antwerpen and Neubeck (github.blog, "So many tokens, so little time", 2024).
+
+The argument needs each token to be made by one merge, and each token's own text to encode to that token; where a file
+breaks this, `Matcher.build` returns None and the caller uses the `tokenizers` library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import numba
+import numpy as np
+
+if TYPE_CHECKING:
+    from actok.signal.bpe import Bpe
+
+LARGEST_VOCABULARY = 8192  # 64 MB of pairs
+ATOM_BITS = 17  # atoms are below 2 ** 16; keys of trie edges are node << ATOM_BITS | atom
+OTHER, LETTER, NUMBER, SPACE = 0, 1, 2, 3
+
+__all__ = ["Matcher"]
+
+compiled = numba.njit(cache=True, nogil=True)
+
+
+@compiled
+def _slot(key: int, keys: np.ndarray) -> int:
+    """Where `key` stands in an open-addressed table of 2 ** k keys, or the free slot (-1) where it would."""
+    mask = len(keys) - 1
+    slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(36)) & mask  # Fibonacci hashing
+    while keys[slot] != -1 and keys[slot] != key:
+        slot = (slot + 1) & mask
+    return slot
+
+
+@compiled
+def _rank_of(a: int, b: int, vocab: int, keys: np.ndarray, ranks: np.ndarray) -> int:
+    """Rank of the merge of tokens a and b, -1 where there is none."""
+    slot = _slot(a * vocab + b, keys)
+    return ranks[slot] if keys[slot] >= 0 else -1
+
+
+@compiled
+def _goes_together(
+    a: int, b: int, rank: np.ndarray, left: np.ndarray, right: np.ndarray, keys: np.ndarray, ranks: np.ndarray
+) -> bool:
+    """Whether no merge crosses the border of tokens a and b before both are complete.
+
+    Undoes the merges on both sides of the border, latest first. A merge across it would have come first if its rank is
+    below that of the merge last undone, or equal to it where that one lies to the right (ties merge from the left).
+    The merge of a with b as a whole is the caller's business.
+    """
+    vocab = len(rank)
+    while rank[a] >= 0 or rank[b] >= 0:
+        if rank[a] > rank[b]:
+            limit = rank[a]
+            a = right[a]
+        else:
+            limit = rank[b] + 1
+            b = left[b]
+        crossing = _rank_of(a, b, vocab, keys, ranks)
+        if 0 <= crossing < limit:
+            return False
+    return True
+
+
+@compiled
+def _pair_tables(
+    merges: np.ndarray, rank: np.ndarray, left: np.ndarray, right: np.ndarray, alive: np.ndarray
+) -> tuple[bool, np.ndarray]:
+    """(each merged token is the encoding of its text, uint8 [V, V] pairs that go together)."""
+    vocab = len(rank)
+    size = 4
+    while size < 4 * len(merges):
+        size *= 2
+    keys = np.full(size, -1, np.int64)
+    ranks = np.full(size, -1, np.int64)
+    for r in range(len(merges)):
+        slot = _slot(merges[r, 0] * vocab + merges[r, 1], keys)
+        keys[slot] = merges[r, 0] * vocab + merges[r, 1]
+        ranks[slot] = r
+    pairs = np.zeros((vocab, vocab), np.uint8)
+    for r in range(len(merges)):
+        if not _goes_together(merges[r, 0], merges[r, 1], rank, left, right, keys, ranks):
+            return False, pairs
+    for a in range(vocab):
+        if alive[a]:
+            for b in range(vocab):
+                if alive[b] and _rank_of(a, b, vocab, keys, ranks) < 0:
+                    pairs[a, b] = _goes_together(a, b, rank, left, right, keys, ranks)
+    return True, pairs
+
+
+@compiled
+def _build_trie(
+    atoms: np.ndarray, starts: np.ndarray, alive: np.ndarray, size: int, first: int, span: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(root node by atom - first, edge keys, edge targets, token at node or -1, longest proper prefix token or -1)."""
+    vocab = len(starts) - 1
+    root = np.full(span, -1, np.int32)
+    keys = np.full(size, -1, np.int64)
+    targets = np.full(size, -1, np.int32)
+    token_at = np.full(size, -1, np.int32)
+    nodes = 0
+    for token in range(vocab):
+        if not alive[token]:
+            continue
+        start, end = starts[token], starts[token + 1]
+        if root[atoms[start] - first] < 0:
+            root[atoms[start] - first] = nodes
+            nodes += 1
+        node = root[atoms[start] - first]
+        for i in range(start + 1, end):
+            key = np.int64(node) << ATOM_BITS | np.int64(atoms[i])
+            slot = _slot(key, keys)
+            if keys[slot] < 0:
+                keys[slot] = key
+                targets[slot] = nodes
+                nodes += 1
+            node = targets[slot]
+        token_at[node] = token
+    shorter = np.full(vocab, -1, np.int32)
+    for token in range(vocab):
+        if not alive[token]:
+            continue
+        node = root[atoms[starts[token]] - first]
+        for i in range(starts[token] + 1, starts[token + 1]):
+            if token_at[node] >= 0:
+                shorter[token] = token_at[node]
+            node = targets[_slot(np.int64(node) << ATOM_BITS | np.int64(atoms[i]), keys)]
+    return root, keys, targets, token_at[:nodes].copy(), shorter
+
+
+@compiled
+def _shrink(keys: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same table with a quarter of its slots taken: tokens share prefixes, so the first size was generous."""
+    edges = (keys >= 0).sum()
+    size = 4
+    while size < 4 * edges:
+        size *= 2
+    small_keys, small_targets = np.full(size, -1, np.int64), np.full(size, -1, np.int32)
+    for i in range(len(keys)):
+        if keys[i] >= 0:
+            slot = _slot(keys[i], small_keys)
+            small_keys[slot] = keys[i]
+            small_targets[slot] = targets[i]
+    return small_keys, small_targets
+
+
+@compiled
+def _run_tables(
+    unit: np.ndarray, size: int, atoms: np.ndarray, starts: np.ndarray, alive: np.ndarray, pairs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How a text goes on that ends in repetitions of `unit` (a chunk ends in zeros: high frequencies are empty).
+
+    Returns the tokens [R] that occur in such a run; bool [u, R], whether a token matches where the missing atoms m have
+    m % u = row; and by m <= size and the token before (as an index into the first array) the next token's index, or -1
+    where the run cannot be completed after that token.
+    """
+    u, vocab = len(unit), len(starts) - 1
+    matches = np.zeros((u, vocab), np.bool_)
+    count = 0
+    tokens = np.empty(vocab, np.int64)
+    for token in range(vocab):
+        if not alive[token]:
+            continue
+        fits = False
+        for phase in range(u):
+            same = True
+            for i in range(starts[token], starts[token + 1]):
+                if atoms[i] != unit[(u - phase + i - starts[token]) % u]:
+                    same = False
+                    break
+            matches[phase, count] = same
+            fits = fits or same
+        if fits:
+            tokens[count] = token
+            count += 1
+        else:
+            matches[:, count] = False
+    tokens, matches = tokens[:count].copy(), matches[:, :count].copy()
+    after = np.full((size + 1, count), -1, np.int16)
+    for missing in range(1, size + 1):
+        for j in range(count):
+            length = starts[tokens[j] + 1] - starts[tokens[j]]
+            rest = missing - length
+            if rest < 0 or not matches[missing % u, j]:
+                continue
+            for i in range(count):
+                if not pairs[tokens[i], tokens[j]]:
+                    continue
+                if rest == 0 or after[rest, j] >= 0:
+                    after[missing, i] = j
+    return tokens, matches, after
+
+
+@compiled
+def _longest(
+    text: np.ndarray,
+    position: int,
+    end: int,
+    first: int,
+    root: np.ndarray,
+    keys: np.ndarray,
+    targets: np.ndarray,
+    token_at: np.ndarray,
+) -> int:
+    """The longest token at `position` of text[:end]."""
+    node = root[text[position] - first]
+    best = token_at[node]
+    position += 1
+    while position < end:
+        slot = _slot(np.int64(node) << ATOM_BITS | np.int64(text[position]), keys)
+        if keys[slot] < 0:
+            break
+        node = targets[slot]
+        if token_at[node] >= 0:
+            best = token_at[node]
+        position += 1
+    return best
+
+
+@compiled
+def _match(
+    text: np.ndarray,
+    end: int,
+    first: int,
+    root: np.ndarray,
+    keys: np.ndarray,
+    targets: np.ndarray,
+    token_at: np.ndarray,
+    shorter: np.ndarray,
+    lengths: np.ndarray,
+    pairs: np.ndarray,
+    unit: np.ndarray,
+    run_tokens: np.ndarray,
+    run_matches: np.ndarray,
+    run_after: np.ndarray,
+    dead: np.ndarray,
+    out: np.ndarray,
+    begin: int,
+) -> int:
+    """Write the encoding of text[:end] to out[begin:]; returns where it ends. `dead` [>= end + 1] is 0 before and after."""
+    u = len(unit)
+    run = end
+    while run >= u and end - run + u < len(run_after):
+        same = True
+        for i in range(u):
+            if text[run - u + i] != unit[i]:
+                same = False
+        if not same:
+            break
+        run -= u
+    count, position, cleared = begin, 0, False
+    token = _longest(text, 0, end, first, root, keys, targets, token_at)
+    while True:
+        if position >= run and count > begin:  # only the run is left: its tables know the rest, or that there is none
+            missing = end - position
+            for j in range(len(run_tokens)):
+                length = lengths[run_tokens[j]]
+                if (
+                    length <= missing
+                    and run_matches[missing % u, j]
+                    and pairs[out[count - 1], run_tokens[j]]
+                    and (length == missing or run_after[missing - length, j] >= 0)
+                ):
+                    out[count] = run_tokens[j]
+                    count += 1
+                    missing -= length
+                    break
+            if missing < end - position:
+                while missing > 0:
+                    j = run_after[missing, j]
+                    out[count] = run_tokens[j]
+                    count += 1
+                    missing -= lengths[run_tokens[j]]
+                break
+            dead[position] = 1
+            cleared = True
+            count -= 1
+            token = out[count]
+            position -= lengths[token]
+        reached = position + lengths[token]
+        if not dead[reached] and (count == begin or pairs[out[count - 1], token]):
+            out[count] = token
+            count += 1
+            position = reached
+            if position == end:
+                break
+            if position < run:
+                token = _longest(text, position, end, first, root, keys, targets, token_at)
+            continue
+        token = shorter[token]
+        while token < 0:  # nothing fits here: the token before was too long
+            dead[position] = 1
+            cleared = True
+            count -= 1
+            position -= lengths[out[count]]
+            token = shorter[out[count]]
+    if cleared:
+        dead[: end + 1] = 0
+    return count
+
+
+@compiled
+def _encode_characters(
+    points: np.ndarray,
+    first: int,
+    root: np.ndarray,
+    keys: np.ndarray,
+    targets: np.ndarray,
+    token_at: np.ndarray,
+    shorter: np.ndarray,
+    lengths: np.ndarray,
+    pairs: np.ndarray,
+    unit: np.ndarray,
+    run_tokens: np.ndarray,
+    run_matches: np.ndarray,
+    run_after: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and offsets of rows of code points [B, N], each row one text."""
+    rows, n = points.shape
+    out = np.empty(rows * n, np.int64)
+    offsets = np.zeros(rows + 1, np.int64)
+    dead = np.zeros(n + 1, np.uint8)
+    for b in range(rows):
+        offsets[b + 1] = _match(
+            points[b],
+            n,
+            first,
+            root,
+            keys,
+            targets,
+            token_at,
+            shorter,
+            lengths,
+            pairs,
+            unit,
+            run_tokens,
+            run_matches,
+            run_after,
+            dead,
+            out,
+            offsets[b],
+        )
+    return out[: offsets[rows]].copy(), offsets
+
+
+@compiled
+def _piece_end(text: np.ndarray, i: int, classes: np.ndarray) -> int:
+    """Where the piece that starts at i ends, by GPT-2's regex.
+
+    's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
+    """
+    n = len(text)
+    if text[i] == 39 and i + 1 < n:  # '
+        after = text[i + 1]
+        if after == 115 or after == 116 or after == 109 or after == 100:  # s t m d
+            return i + 2
+        if i + 2 < n:
+            last = text[i + 2]
+            if ((after == 114 or after == 118) and last == 101) or (after == 108 and last == 108):  # re ve ll
+                return i + 3
+    start = i
+    if text[i] == 32 and i + 1 < n and classes[text[i + 1]] != SPACE:
+        start = i + 1
+    kind = classes[text[start]]
+    end = start + 1
+    while end < n and classes[text[end]] == kind:
+        end += 1
+    if kind == SPACE and end < n and end - start > 1:
+        end -= 1  # the last blank belongs to what follows
+    return end
+
+
+@compiled
+def _encode_bytes(
+    points: np.ndarray,
+    classes: np.ndarray,
+    first: int,
+    root: np.ndarray,
+    keys: np.ndarray,
+    targets: np.ndarray,
+    token_at: np.ndarray,
+    shorter: np.ndarray,
+    lengths: np.ndarray,
+    pairs: np.ndarray,
+    unit: np.ndarray,
+    run_tokens: np.ndarray,
+    run_matches: np.ndarray,
+    run_after: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and offsets of rows of code points [B, N] below 2 ** 16, split by the regex, spelled in UTF-8."""
+    rows, n = points.shape
+    out = np.empty(rows * n * 3, np.int64)
+    offsets = np.zeros(rows + 1, np.int64)
+    dead = np.zeros(3 * n + 1, np.uint8)
+    text = np.empty(3 * n, np.uint8)
+    for b in range(rows):
+        row = points[b]
+        count = offsets[b]
+        i = 0
+        while i < n:
+            stop = _piece_end(row, i, classes)
+            size = 0
+            while i < stop:
+                point = row[i]
+                if point < 0x80:
+                    text[size] = point
+                    size += 1
+                elif point < 0x800:
+                    text[size] = 0xC0 | point >> 6
+                    text[size + 1] = 0x80 | point & 0x3F
+                    size += 2
+                else:
+                    text[size] = 0xE0 | point >> 12
+                    text[size + 1] = 0x80 | point >> 6 & 0x3F
+                    text[size + 2] = 0x80 | point & 0x3F
+                    size += 3
+                i += 1
+            count = _match(
+                text,
+                size,
+                first,
+                root,
+                keys,
+                targets,
+                token_at,
+                shorter,
+                lengths,
+                pairs,
+                unit,
+                run_tokens,
+                run_matches,
+                run_after,
+                dead,
+                out,
+                count,
+            )
+        offsets[b + 1] = count
+    return out[: offsets[rows]].copy(), offsets
+
+
+class Matcher:
+    """The compiled encoder of one BPE. `classes` and the run tables grow when a longer or larger text needs it."""
+
+    def __init__(self, bpe: Bpe, alive: np.ndarray, pairs: np.ndarray) -> None:
+        self._bpe = bpe
+        self._alive = alive
+        self._pairs = pairs
+        first, last = int(bpe.base_atoms[0]), int(bpe.base_atoms[-1])
+        size = 1 << int(np.ceil(np.log2(4 * len(bpe.atoms) + 4)))
+        root, keys, targets, token_at, shorter = _build_trie(
+            bpe.atoms, bpe.starts, alive, size, first, last - first + 1
+        )
+        keys, targets = _shrink(keys, targets)
+        self._tables = (first, root, keys, targets, token_at, shorter, bpe.lengths, pairs)
+        self._classes = np.zeros(0, np.uint8)
+        self._unit = self._usual_unit()
+        self._grow_runs(1024)
+
+    @classmethod
+    def build(cls, bpe: Bpe) -> Self | None:
+        """Tables of a BPE, or None where the longest match would not be exact."""
+        vocab, results = bpe.vocab_size, bpe.merges[:, 2]
+        if vocab > LARGEST_VOCABULARY or len(np.unique(results)) != len(results) or bpe.base[results].any():
+            return None
+        rank = np.full(vocab, -1, np.int64)
+        rank[results] = np.arange(len(results))
+        left, right = np.full(vocab, -1, np.int64), np.full(vocab, -1, np.int64)
+        left[results], right[results] = bpe.merges[:, 0], bpe.merges[:, 1]
+        alive = bpe.base.copy()
+        alive[results] = True
+        parts = bpe.merges[:, :2]
+        if not alive[parts].all() or (rank[parts] >= np.arange(len(parts))[:, None]).any():
+            return None
+        exact, pairs = _pair_tables(bpe.merges, rank, left, right, alive)
+        return cls(bpe, alive, pairs) if exact else None
+
+    def encode(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See Bpe.encode."""
+        points = np.ascontiguousarray(points, np.int32)
+        if (longest := points.shape[1] * len(self._unit)) > len(self._runs[-1]) - 1:
+            self._grow_runs(2 * longest)
+        if not self._bpe.byte_level:
+            return _encode_characters(points, *self._tables, *self._runs)
+        if (largest := int(points.max())) >= len(self._classes):
+            self._classes = self._classify(max(largest + 1, 1024))
+        return _encode_bytes(points, self._classes, *self._tables, *self._runs)
+
+    def _grow_runs(self, size: int) -> None:
+        self._runs = (
+            self._unit,
+            *_run_tables(self._unit, size, self._bpe.atoms, self._bpe.starts, self._alive, self._pairs),
+        )
+
+    def _usual_unit(self) -> np.ndarray:
+        """Atoms of the character whose repetition makes the longest token: what the fitted data repeat most."""
+        for token in np.argsort(-self._bpe.lengths, kind="stable"):
+            atoms = self._bpe.atoms[self._bpe.starts[token] : self._bpe.starts[token + 1]]
+            if self._bpe.byte_level:
+                text = bytes(atoms.astype(np.uint8)).decode(errors="replace")
+                if len(set(text)) == 1 and text[0] != "\ufffd":
+                    return np.frombuffer(text[0].encode(), np.uint8).astype(np.int32)
+            elif (atoms == atoms[:1]).all():
+                return atoms[:1]
+        return self._bpe.base_atoms[:1]
+
+    def _classify(self, count: int) -> np.ndarray:
+        """Class of each code point, asked of the library's own regex so that Unicode versions cannot differ."""
+        split = self._bpe.library.pre_tokenizer.pre_tokenize_str
+        classes = np.full(count, SPACE, np.uint8)
+        for point in range(count):
+            for kind, same in ((LETTER, "x"), (NUMBER, "1"), (OTHER, "!")):
+                if len(split(same + chr(point) + same)) == 1:
+                    classes[point] = kind
+                    break
+        return classes
