@@ -85,7 +85,7 @@ def test_a_uniform_scalar_gets_its_whole_range_and_a_tail_is_cut_where_that_help
     codes, outside = quantiser.encode(values)
     decoded = quantiser.decode(codes)
     np.testing.assert_allclose(np.square(decoded - values)[:, 0].mean(), (5 / 256) ** 2 / 12, rtol=0.05)
-    assert outside[:, 0].mean() < 0.001
+    assert outside[:, 0].mean() < 0.005
     assert 0 < outside[:, 1].mean() < 0.1
     whole = (values[:, 1].max() - values[:, 1].min()) / 8
     assert quantiser.step[1] < whole / 4

@@ -18,7 +18,6 @@ from actok.signal.normalise import RANGE_SLACK
 SMALLEST_BITS = 2
 # Shares of the training values cut off at each end; a scalar takes the one whose range leaves the least squared error.
 TAILS = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.04, 0.08, 0.16)
-_TRIALS = 8192  # values on which the tails are compared, evenly spaced over the training values
 
 __all__ = ["SMALLEST_BITS", "UniformQuantiser", "allocate_bits"]
 
@@ -80,7 +79,6 @@ class UniformQuantiser:
     def fit(cls, values: np.ndarray, bits: np.ndarray) -> Self:
         """Ranges for training values [M, S]: the quantiles at one of TAILS that leave the least squared error."""
         levels = 2.0**bits
-        trials = values[:: max(1, len(values) // _TRIALS)].astype(np.float64)
         quantiles = np.quantile(values, [*TAILS, *(1 - t for t in TAILS)], axis=0)
         best = np.full(len(bits), np.inf)
         low, step = np.zeros(len(bits)), np.zeros(len(bits))
@@ -88,8 +86,8 @@ class UniformQuantiser:
             width = (top - bottom) / levels
             # A range that a spike has emptied is a single level; only a scalar that never varies may keep it.
             safe = np.where(width > 0, width, 1.0)
-            codes = np.clip(np.floor((trials - bottom) / safe), 0, levels - 1)
-            error = ((bottom + (codes + 0.5) * width - trials) ** 2).mean(0)
+            codes = np.clip(np.floor((values - bottom) / safe), 0, levels - 1)
+            error = ((bottom + (codes + 0.5) * width - values) ** 2).mean(0)
             better = (error < best) & ((width > 0) | (best == np.inf))
             best = np.where(better, error, best)
             low, step = np.where(better, bottom, low), np.where(better, width, step)

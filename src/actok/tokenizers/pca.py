@@ -1,7 +1,7 @@
 """PCA scalar tokens: projections of the flattened chunk on its principal components, one token each.
 
-The components are the leading eigenvectors of the covariance of normalised training chunks [T x D]; setting of the
-published comparison (16 steps x 7 dimensions): 14 components of 8 bits, i.e. an eighth of the values.
+The components are the leading eigenvectors of the covariance of normalised training chunks [T x D] (Hotelling, 1933).
+The default keeps an eighth as many as there are values, with 8 bits each: 14 for 16 steps x 7 dimensions.
 
 The components are bound to the fitted T and D. A shorter chunk is encoded as if it held its last value, and decoded by
 cutting; a longer one is cut into windows of T, the last held likewise, each with its own token of every rank.
@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.linalg import eigh
 
 from actok.tokenizers.scalars import ScalarTokenizer, Transform
-
-_BLOCK = 4096  # chunks whose float64 copy is in memory at once while fitting
 
 __all__ = ["PcaTokenizer"]
 
@@ -26,22 +25,21 @@ class PcaTokenizer(ScalarTokenizer):
     kind = "pca"
 
     @classmethod
-    def fit_transform(cls, chunks: Sequence[np.ndarray], count: int) -> Transform:
+    def fit_transform(cls, blocks: Sequence[np.ndarray], sample: np.ndarray, count: int) -> Transform:
         """See ScalarTokenizer.fit_transform. The largest entry of a component is positive, which fixes its sign."""
-        blocks = [
-            c[i : i + _BLOCK].reshape(len(c[i : i + _BLOCK]), -1) for c in chunks for i in range(0, len(c), _BLOCK)
-        ]
+        size = sample[0].size
         total = sum(map(len, blocks))
-        mean = sum(b.sum(0, dtype=np.float64) for b in blocks) / total
-        covariance = np.zeros((len(mean), len(mean)))
+        mean = sum(b.reshape(-1, size).sum(0, dtype=np.float64) for b in blocks) / total
+        covariance = np.zeros((size, size))
         for block in blocks:
-            centred = block - mean
+            centred = block.reshape(-1, size) - mean
             covariance += centred.T @ centred / total
-        basis = np.linalg.eigh(covariance)[1][:, ::-1][:, :count].T
+        variance, vectors = eigh(covariance, subset_by_index=(size - count, size - 1))
+        variance, basis = np.maximum(variance[::-1], 0.0), vectors.T[::-1]
         peak = np.take_along_axis(basis, np.abs(basis).argmax(1)[:, None], axis=1)
-        basis = basis * np.sign(peak)
-        scalars = np.concatenate([(block - mean) @ basis.T for block in blocks])
-        return Transform({"mean": mean, "basis": np.ascontiguousarray(basis)}, scalars, ("basis",))
+        basis = np.ascontiguousarray(basis * np.sign(peak))
+        scalars = (sample.reshape(-1, size) - mean) @ basis.T
+        return Transform({"mean": mean, "basis": basis}, ("basis",), variance, scalars)
 
     def _windows(self, horizon: int) -> int:
         return -(-horizon // self.horizon)

@@ -19,6 +19,9 @@ from actok.core import ActionSpace, ChunkContext, ConfigError, SpaceMismatchErro
 from actok.signal.scalar_quantise import SMALLEST_BITS, UniformQuantiser, allocate_bits
 from actok.tokenizers.base import ClosedFormTokenizer, CodecInput, Embodiment, Encoded, Reconstruction
 
+_BLOCK = 4096  # chunks whose float64 copy is in memory at once while fitting
+_SAMPLE = 16384  # chunks, evenly spaced over all, that the ranges are fitted on
+
 __all__ = ["ScalarConfig", "ScalarTokenizer", "Transform"]
 
 
@@ -60,11 +63,12 @@ class ScalarConfig:
 
 
 class Transform(NamedTuple):
-    """What a subclass's `fit_transform` finds."""
+    """What a subclass's `fit_transform` finds; S scalars in order of falling variance."""
 
-    tensors: dict[str, np.ndarray]  # all that `_analyse` and `_synthesise` need, rows in order of falling variance
-    scalars: np.ndarray  # float64 [M, S], the kept scalars of the training chunks less their mean
+    tensors: dict[str, np.ndarray]  # all that `_analyse` and `_synthesise` need
     rows: tuple[str, ...]  # names of the tensors that have one row a scalar
+    variance: np.ndarray  # float64 [S] over all training chunks
+    sample: np.ndarray  # float64 [M, S], scalars less their mean of the sampled chunks
 
 
 class ScalarTokenizer(ClosedFormTokenizer):
@@ -75,8 +79,8 @@ class ScalarTokenizer(ClosedFormTokenizer):
 
     @classmethod
     @abstractmethod
-    def fit_transform(cls, chunks: Sequence[np.ndarray], count: int) -> Transform:
-        """The `count` scalars of most variance over normalised chunks [B, T, D] of several parts."""
+    def fit_transform(cls, blocks: Sequence[np.ndarray], sample: np.ndarray, count: int) -> Transform:
+        """The `count` scalars of most variance over normalised chunks, given in blocks [B, T, D]; `sample` [M, T, D]."""
 
     @abstractmethod
     def _analyse(self, chunks: np.ndarray) -> np.ndarray:
@@ -96,14 +100,21 @@ class ScalarTokenizer(ClosedFormTokenizer):
 
     @classmethod
     def fit_codec(cls, inputs: Sequence[CodecInput], config: Any, horizon: int) -> tuple[dict, dict]:
-        """Transform, bits and ranges on the chunks without padding (with it only where every chunk has some)."""
+        """Transform and bits on the chunks without padding (with it only where every chunk has some), ranges on a sample."""
         spaces = [i.embodiment.space for i in inputs]
         for space in spaces[1:]:
             _check_dim(cls.kind, spaces[0], space)
         whole = [i.chunks if i.part.pad_mask is None else i.chunks[~i.part.pad_mask.any(1)] for i in inputs]
         chunks = whole if any(map(len, whole)) else [i.chunks for i in inputs]
-        transform = cls.fit_transform(chunks, config.count(horizon, spaces[0].dim))
-        variance = (transform.scalars**2).mean(0)
+        blocks = [c[i : i + _BLOCK] for c in chunks for i in range(0, len(c), _BLOCK)]
+        total = sum(map(len, blocks))
+        chosen = np.unique(np.linspace(0, total - 1, min(total, _SAMPLE)).astype(np.int64))
+        starts = np.cumsum([0, *map(len, blocks[:-1])])
+        sample = np.concatenate(
+            [b[chosen[(chosen >= s) & (chosen < s + len(b))] - s] for s, b in zip(starts, blocks, strict=True)]
+        )
+        transform = cls.fit_transform(blocks, sample, config.count(horizon, spaces[0].dim))
+        variance = transform.variance
         varying = variance > 1e-12 * max(variance.max(), 1e-12)
         variance = np.where(varying, variance, 0.0)
         if varying.any():
@@ -111,7 +122,7 @@ class ScalarTokenizer(ClosedFormTokenizer):
         else:  # nothing ever moves: one token that always says so
             bits = np.where(np.arange(len(variance)) == 0, SMALLEST_BITS, 0)
         kept = bits > 0
-        quantiser = UniformQuantiser.fit(transform.scalars[:, kept], bits[kept])
+        quantiser = UniformQuantiser.fit(transform.sample[:, kept], bits[kept])
         tensors = {k: v[kept] if k in transform.rows else v for k, v in transform.tensors.items()}
         return {**tensors, "bits": quantiser.bits, "low": quantiser.low, "step": quantiser.step}, {}
 
