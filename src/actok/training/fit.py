@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ class Material:
     test: FitPart | None
     anchors: Mapping[str, np.ndarray | None]
     origin: Mapping[str, Any]
+
+    def renamed(self, embodiment: str) -> Material:
+        """The same chunks under another embodiment's name."""
+        parts = {
+            which: None if part is None else replace(part, space=part.space.renamed(embodiment))
+            for which, part in (("train", self.train), ("validation", self.validation), ("test", self.test))
+        }
+        return replace(self, **parts)  # type: ignore[arg-type]
 
 
 def load(folder_or_hub_id: str | Path, *, revision: str | None = None) -> ActionTokenizer:
@@ -103,10 +111,11 @@ def fit(
     """
     find_preset(name)
     sources = data if isinstance(data, (list, tuple)) and data and not isinstance(data[0], np.ndarray) else [data]
-    options = {"horizon": horizon, "space": space, "seed": seed, "max_chunks": max_chunks}
+    options: dict[str, Any] = {"horizon": horizon, "space": space, "seed": seed, "max_chunks": max_chunks}
     materials = [
         load_material(source, hold_out=tolerance is not None or not _is_array(source), **options) for source in sources
     ]
+    materials = _one_name_one_space(materials)
     parts = [m.train for m in materials]
     meta: dict[str, Any] = {
         "preset": name,
@@ -118,6 +127,20 @@ def fit(
         bound = Tolerance.parse(tolerance)
         tokenizer, meta["tolerance"] = search(name, materials, bound, settings, fit_parts)
     return tokenizer.with_meta(meta)
+
+
+def _one_name_one_space(materials: Sequence[Material]) -> list[Material]:
+    """Datasets whose embodiments share a name although their spaces differ (two arrays) get names of their own."""
+    seen: dict[str, ActionSpace] = {}
+    found = []
+    for material in materials:
+        space = material.train.space
+        name, number = space.embodiment, 2
+        while (known := seen.get(name)) is not None and known.differences(space):
+            name, number = f"{space.embodiment}_{number}", number + 1
+        seen[name] = space
+        found.append(material if name == space.embodiment else material.renamed(name))
+    return found
 
 
 def load_material(

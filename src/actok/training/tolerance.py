@@ -113,7 +113,7 @@ def search(
     """
     if any(m.validation is None or m.test is None for m in materials):
         raise DataError("a tolerance needs episodes to choose on and to report on; give at least 3 episodes")
-    sweep = [dict(s) for s in find_preset(name).sweep if not s.keys() <= settings.keys()] or [{}]
+    sweep = _candidates(name, settings)
     parts = [m.train for m in materials]
     tried: list[dict[str, Any]] = []
     for step in tqdm(sweep, f"{name}: searching {tolerance}", unit="setting", delay=2, disable=None):
@@ -145,6 +145,19 @@ def search(
         f" {nearest['worst_ratio']:.2f} times the bound ({_errors_text(nearest['validation'])} on validation episodes);"
         " allow more, or try another tokenizer"
     )
+
+
+def _candidates(name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The preset's sweep, each setting with the preset's normaliser and then with min_max, at the same rate.
+
+    A normaliser that ends at the 1 % and 99 % quantiles saturates more than one step in a hundred as soon as there are
+    two dimensions, so with it a codec that clamps cannot meet any bound at the 99th percentile.
+    """
+    preset = find_preset(name)
+    sweep = [dict(s) for s in preset.sweep if not s.keys() <= settings.keys()] or [{}]
+    if "normaliser" in settings or preset.settings.get("normaliser", "min_max") == "min_max":
+        return sweep
+    return [{**setting, **extra} for setting in sweep for extra in ({}, {"normaliser": "min_max"})]
 
 
 def _judge_all(
@@ -179,7 +192,10 @@ def _judge_all(
             worst = np.inf
         units = set()
         for values in group_values(comparison):
-            error, unit = (values.step, values.unit) if values.path is None else (values.path, values.path_unit)
+            on_path = values.path is not None
+            error, unit = (values.path, values.path_unit) if on_path else (values.step, values.unit)
+            if error is None or unit is None:
+                continue
             units.add(unit)
             if not error.size:
                 continue
@@ -188,7 +204,7 @@ def _judge_all(
             errors[f"{material.origin['name']}/{values.group.name}"] = {
                 "error": amount,
                 "unit": unit,
-                "of": "step" if values.path is None else "path",
+                "of": "path" if on_path else "step",
                 "bound": bound,
             }
             if bound is not None:
