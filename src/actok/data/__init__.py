@@ -12,6 +12,7 @@ _LAZY = {
     "EpisodeDataset": "actok.data.episodes",
     "FrameCache": "actok.data.cache",
     "Mixture": "actok.data.mixtures",
+    "MixtureEntry": "actok.data.mixtures",
     "MixtureSampler": "actok.data.mixtures",
     "Split": "actok.data.splits",
     "TokenTable": "actok.data.tokens",
@@ -19,6 +20,7 @@ _LAZY = {
     "find_space": "actok.data.spaces",
     "infer_space": "actok.data.spaces",
     "list_spaces": "actok.data.spaces",
+    "list_mixtures": "actok.data.mixtures",
     "load_mixture": "actok.data.mixtures",
     "open_dataset": "actok.data.open",
     "read_tokens": "actok.data.tokens",
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from actok.data.chunks import ChunkBatch, Chunks
     from actok.data.episodes import Episode, EpisodeDataset
     from actok.data.lerobot_write import write_lerobot
-    from actok.data.mixtures import Mixture, MixtureSampler, load_mixture
+    from actok.data.mixtures import Mixture, MixtureEntry, MixtureSampler, list_mixtures, load_mixture
     from actok.data.open import open_dataset
     from actok.data.spaces import describe_space, find_space, infer_space, list_spaces, union_mapping
     from actok.data.splits import Split, split_dataset, split_episodes
@@ -48,12 +50,14 @@ __all__ = [
     "EpisodeDataset",
     "FrameCache",
     "Mixture",
+    "MixtureEntry",
     "MixtureSampler",
     "Split",
     "TokenTable",
     "describe_space",
     "find_space",
     "infer_space",
+    "list_mixtures",
     "list_spaces",
     "load_mixture",
     "open_dataset",

