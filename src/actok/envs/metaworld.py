@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +31,7 @@ VIEWS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", 
 UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 # A start state that a task accepts is read at most a few times in a reset; beyond this the task keeps rejecting it.
 MOST_DRAWS = 20
+_SPACE_FIELDS = {f.name for f in fields(ActionSpace)}
 
 __all__ = ["MetaWorldEnv"]
 
@@ -73,8 +75,8 @@ class MetaWorldEnv(Env):
     def space(self) -> ActionSpace:
         """The packaged space metaworld_sawyer."""
         values = read_toml(CONFIGS / "spaces" / "metaworld_sawyer.toml")
-        values.pop("match", None)  # how readers recognise datasets of this space
-        return ActionSpace.from_dict(values)
+        # The file also says how readers recognise data of this space.
+        return ActionSpace.from_dict({k: v for k, v in values.items() if k == "mode" or k in _SPACE_FIELDS})
 
     @cached_property
     def _instructions(self) -> Mapping[str, str]:
@@ -141,7 +143,7 @@ class MetaWorldEnv(Env):
     def expert(self, task: str) -> Expert:
         """Meta-World's scripted policy; its output is limited to [-1, 1], which is what the simulator executes."""
         self.check_task(task)
-        return _ScriptedExpert(self._library["policies"][task]())
+        return _ScriptedExpert(self._library["policies"][task](), self.instruction(task))
 
     def close(self) -> None:
         """See Env.close."""
@@ -194,7 +196,7 @@ class MetaWorldEnv(Env):
 class _ScriptedExpert(Expert):
     """A policy of `metaworld.policies`; its sub-task is the branch that decides where the gripper goes."""
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Any, instruction: str) -> None:
         self._policy = policy
         decides = getattr(type(policy), "_desired_pos", None)
         self._by_position = decides is not None
@@ -204,18 +206,19 @@ class _ScriptedExpert(Expert):
             if decides is not None
             else branches_of(type(policy).get_action, by="condition")
         )
-        self.subtask_names = tuple(f"phase {index}" for index in range(self._branches.count))
+        count = self._branches.count
+        self.subtask_names = tuple(f"{instruction}, phase {phase} of {count}" for phase in range(1, count + 1))
 
     def __call__(self, observation: Observation) -> ExpertAction:
         if observation.state is None:
             raise DataError("the observation has no state; give one of MetaWorldEnv")
-        # Copies, because some policies shift the positions they read in place.
-        if self._by_position:
-            subtask = self._branches.which(self._policy._parse_obs(observation.state.copy()))
-        else:
-            subtask = self._branches.which(self._policy, observation.state.copy())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each step whose output exceeds the limits warns
+            # Copies, because some policies shift the positions they read in place.
+            if self._by_position:
+                subtask = self._branches.which(self._policy._parse_obs(observation.state.copy()))
+            else:
+                subtask = self._branches.which(self._policy, observation.state.copy())
             raw = self._policy.get_action(observation.state.copy())
         return ExpertAction(action=np.clip(raw, -1, 1).astype(np.float32), subtask=int(subtask))
 

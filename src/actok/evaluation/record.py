@@ -1,8 +1,10 @@
 """Recording demonstrations of scripted experts, in any environment.
 
-An episode ends SETTLE_STEPS steps after its first success, or unsuccessful at the step limit. Only successful episodes
-are kept; the others are counted in the report, task by task, and made up for by further attempts. Each attempt is a pure
-function of (seed, task, attempt number), so the result does not depend on the number of processes.
+An episode ends SETTLE_STEPS steps after its first success, or unsuccessful at the step limit. It counts as a success
+where the environment reported success after any step, as Meta-World itself counts: some of its experts let go of what
+they have moved. Only successful episodes are kept; the others are counted in the report, task by task, and made up for
+by further attempts. Each attempt is a pure function of (seed, task, attempt number), so the result does not depend on
+the number of processes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 
 from actok.core.errors import ConfigError
 from actok.data import Episode
-from actok.envs import Env
+from actok.envs import Env, Observation
 from actok.evaluation.workers import Workers
 
 # Steps recorded after the first success: time for a dropped object to come to rest.
@@ -93,19 +95,21 @@ class CollectReport:
 def demonstrate(env: Env, task: str, *, seed: int, attempt: int, noise: float = 0.0, max_steps: int) -> Episode:
     """One attempt of the scripted expert, a pure function of the arguments. Its `index` is the attempt.
 
-    Gaussian noise of standard deviation `noise`, in raw units, is added to each action before it is limited to the action space and
-    executed; what is recorded is what was executed.
+    Gaussian noise of standard deviation `noise`, in raw units, is added to each action, which is then limited to the
+    action space and executed; what is recorded is what was executed.
     """
     sequence = np.random.SeedSequence([seed, zlib.crc32(task.encode()), attempt])
     start, disturbance = sequence.spawn(2)
     generator = np.random.default_rng(disturbance)
     expert = env.expert(task)
     space = env.space
-    low = np.float32(-np.inf if space.low is None else space.low)
-    high = np.float32(np.inf if space.high is None else space.high)
+    low = np.array(-np.inf if space.low is None else space.low, np.float32)
+    high = np.array(np.inf if space.high is None else space.high, np.float32)
     observation = env.reset(task, seed=int(start.generate_state(1)[0]))
     start_state = env.start_state()
-    observations, actions, subtasks = [], [], []
+    observations: list[Observation] = []
+    actions: list[np.ndarray] = []
+    subtasks: list[int] = []
     first_success: int | None = None
     while len(actions) < max_steps and (first_success is None or len(actions) < first_success + SETTLE_STEPS):
         choice = expert(observation)
