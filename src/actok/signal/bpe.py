@@ -33,7 +33,7 @@ class Points:
     """Decoded code points of B sequences.
 
     Attributes:
-        flat: int64; -1 where the bytes are not UTF-8.
+        flat: int32; -1 where the bytes are not UTF-8.
         offsets: [B + 1].
         readable: bool [B], False where a sequence holds bytes that are not UTF-8.
     """
@@ -117,15 +117,20 @@ class Bpe:
         atoms, atom_offsets = self.expand(flat, offsets)
         if self.byte_level:
             return Points(**decode_rows(atoms, atom_offsets))
-        return Points(flat=atoms.astype(np.int64), offsets=atom_offsets, readable=np.ones(len(offsets) - 1, bool))
+        return Points(flat=atoms, offsets=atom_offsets, readable=np.ones(len(offsets) - 1, bool))
 
     def expand(self, flat: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Atoms of ids end to end, and where each sequence starts [B + 1]."""
         lengths = self.lengths[flat]
         ends = np.cumsum(lengths)
-        index = np.repeat(self.starts[flat] - ends + lengths, lengths)
-        index += np.arange(len(index))
-        return self.atoms[index], np.concatenate([[0], ends])[offsets]
+        count = int(ends[-1]) if len(ends) else 0
+        if self._matcher is not None:
+            atoms = self._matcher.expand(flat, count)
+        else:
+            index = np.repeat(self.starts[flat] - ends + lengths, lengths)
+            index += np.arange(count)
+            atoms = self.atoms[index]
+        return atoms, np.concatenate([[0], ends])[offsets]
 
 
 @lru_cache(maxsize=16)

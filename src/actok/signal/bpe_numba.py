@@ -249,15 +249,10 @@ def _match(
 ) -> int:
     """Write the encoding of text[:end] to out[begin:]; returns where it ends. `dead` [>= end + 1] is 0 before and after."""
     u = len(unit)
-    run = end
-    while run >= u and end - run + u < len(run_after):
-        same = True
-        for i in range(u):
-            if text[run - u + i] != unit[i]:
-                same = False
-        if not same:
-            break
-        run -= u
+    run, phase = end, u - 1
+    while run > 0 and text[run - 1] == unit[phase]:
+        run -= 1
+        phase = phase - 1 if phase > 0 else u - 1
     count, position, cleared = begin, 0, False
     token = _longest(text, 0, end, first, root, keys, targets, token_at)
     while True:
@@ -351,6 +346,16 @@ def _encode_characters(
             offsets[b],
         )
     return out[: offsets[rows]].copy(), offsets
+
+
+@compiled
+def _expand(flat: np.ndarray, atoms: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
+    """Write the atoms of all tokens end to end."""
+    end = 0
+    for i in range(len(flat)):
+        for j in range(starts[flat[i]], starts[flat[i] + 1]):
+            out[end] = atoms[j]
+            end += 1
 
 
 @compiled
@@ -494,6 +499,12 @@ class Matcher:
         if (largest := int(points.max())) >= len(self._classes):
             self._classes = self._classify(max(largest + 1, 1024))
         return _encode_bytes(points, self._classes, *self._tables, *self._runs)
+
+    def expand(self, flat: np.ndarray, count: int) -> np.ndarray:
+        """The `count` atoms of all tokens end to end."""
+        out = np.empty(count, self._bpe.atoms.dtype)
+        _expand(flat, self._bpe.atoms, self._bpe.starts, out)
+        return out
 
     def _grow_runs(self, size: int) -> None:
         self._runs = (

@@ -45,7 +45,7 @@ def decode_rows(data: np.ndarray, offsets: np.ndarray) -> DecodedRows:
     firsts = offsets[:-1][np.diff(offsets) > 0]
     if starts_char[firsts].all():
         try:  # the whole batch at once; rows start with a character, so a clean batch has clean rows
-            flat = np.frombuffer(data.tobytes().decode().encode("utf-32-le"), "<u4").astype(np.int64)
+            flat = np.frombuffer(data.tobytes().decode().encode("utf-32-le"), "<i4")
             before = np.concatenate([[0], np.cumsum(starts_char)])
             return {"flat": flat, "offsets": before[offsets], "readable": np.ones(len(offsets) - 1, bool)}
         except UnicodeDecodeError:
@@ -58,11 +58,11 @@ def decode_rows(data: np.ndarray, offsets: np.ndarray) -> DecodedRows:
         except UnicodeDecodeError:
             readable[b] = False
             text = raw.decode(errors="replace")
-        row = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64)
-        parts.append(row if readable[b] else np.where(row == 0xFFFD, -1, row))
+        row = np.frombuffer(text.encode("utf-32-le"), "<i4")
+        parts.append(row if readable[b] else np.where(row == 0xFFFD, np.int32(-1), row))
     lengths = [len(p) for p in parts]
     return {
-        "flat": np.concatenate(parts) if parts else np.zeros(0, np.int64),
+        "flat": np.concatenate(parts) if parts else np.zeros(0, np.int32),
         "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         "readable": readable,
     }

@@ -9,7 +9,7 @@ Published fit: scale 10, vocabulary 1024, 1 % to 99 % quantiles to [-1, 1].
 Deviations, each deliberate:
 * One BPE symbol an integer over the full range of fitted coefficients, without text or its regex: an integer that the
   data skipped can still be written, and no token is undecodable by itself. (Published files hold UTF-8 bytes behind
-  GPT-2's regex; `FastPlusTokenizer` reads those.)
+  GPT-2's regex; `from_published` reads those, with the same ids.)
 * A coefficient outside the alphabet is saturated to its end and counted in `Tokens.saturated`.
 * A sequence that does not spell T x D coefficients is invalid (published: all zeros). `repair="truncate_pad"` cuts a
   surplus, fills what is missing by zeros, and marks the result as repaired.
@@ -21,22 +21,40 @@ Deviations, each deliberate:
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import scipy.fft
 
-from actok.core import ArtifactError, ChunkContext, ConfigError, Constraint, FitPart, TokenLayout
+from actok.core import (
+    ActionSpace,
+    ArtifactError,
+    ChunkContext,
+    ConfigError,
+    Constraint,
+    FitPart,
+    SpaceMismatchError,
+    TokenLayout,
+    Tokens,
+    to_numpy,
+    write_folder,
+)
 from actok.signal.automaton import SpellingConstraint, SpellingTables
 from actok.signal.bpe import FIRST_CHAR, LARGEST_ALPHABET, Bpe, read_bpe, train_bpe
+from actok.signal.normalise import Normaliser
+from actok.tokenizers import fast_plus
 from actok.tokenizers.base import ClosedFormTokenizer, CodecInput, Embodiment, Encoded, Reconstruction
+from actok.tokenizers.fast_plus import TOKENIZER_FILE, is_published_folder
 
-TOKENIZER_FILE = "tokenizer.json"
+NORMALISED = re.compile(r"normalised-([1-9]\d{0,3})")
 
-__all__ = ["TOKENIZER_FILE", "Alphabet", "FastConfig", "FastTokenizer"]
+__all__ = ["Alphabet", "FastConfig", "FastTokenizer", "is_published_folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +104,9 @@ class Alphabet(NamedTuple):
 class FastTokenizer(ClosedFormTokenizer):
     """Variable-length BPE over DCT coefficients. Not total; `constraint` admits exactly what decodes.
 
-    Works at any horizon, and one vocabulary serves robots of different D.
+    Works at any horizon, and one vocabulary serves robots of different D. The embodiment "normalised-<D>" is always
+    there: D dimensions that lie in [-1, 1] already. A tokenizer from published files has no other one until `adapt`
+    adds it; without a context it takes each chunk's D as it comes.
     """
 
     kind = "fast"
@@ -162,6 +182,75 @@ class FastTokenizer(ClosedFormTokenizer):
         tensors = {"min_token": np.array([low - FIRST_CHAR], np.int64), "range_limit": np.array([limit], np.float64)}
         return tensors, {TOKENIZER_FILE: source}
 
+    # -- published files ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_published(
+        cls,
+        folder_or_hub_id: str | os.PathLike[str],
+        *,
+        dim: int | None = None,
+        horizon: int | None = None,
+        space: ActionSpace | None = None,
+        range_limit: float | None = None,
+        normaliser: str = "quantile",
+        revision: str | None = None,
+    ) -> Self:
+        """Read a published FAST or FAST+ folder (Hub id: physical-intelligence/fast). Same ids, no transformers.
+
+        The codec's input is in [-1, 1], so the default embodiment has the identity as normaliser: `space` if given,
+        else D = `dim` unnamed dimensions, else none. `adapt(space, statistics)` adds one in raw units, by
+        `normaliser`. `horizon` is T where a call names none. `range_limit` is as in FastConfig; None: 5, see
+        actok.tokenizers.fast_plus. Raises ArtifactError.
+        """
+        files = fast_plus.read(folder_or_hub_id, revision)
+        bpe = read_bpe(files.source)
+        dim = space.dim if space is not None else dim if dim is not None else files.dim
+        embodiments = {}
+        if dim is not None:
+            space = space or ActionSpace.raw(dim, f"normalised-{dim}")
+            embodiments[space.embodiment] = Embodiment(space, Normaliser.identity(dim))
+        config = cls.config_class(
+            scale=files.scale, vocab=bpe.vocab_size, normaliser=normaliser, range_limit=range_limit
+        )
+        tensors = fast_plus.tensors_of(files, range_limit)
+        return cls(config, embodiments, horizon or files.horizon or 0, tensors, {TOKENIZER_FILE: files.source})
+
+    def to_published(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a folder that the published processor reads, atomically: inputs in [-1, 1], same ids, same decoding.
+
+        The normalisers stay behind, as the format has no place for them: users must normalise by themselves.
+        """
+        dims = {space.dim for space in self.spaces.values()}
+        files = fast_plus.publish(
+            source=self._files[TOKENIZER_FILE],
+            scale=self.config.scale,
+            min_token=self.min_token,
+            vocab=self.vocab_size,
+            horizon=self._horizon or None,
+            dim=dims.pop() if len(dims) == 1 else None,
+        )
+        return write_folder(Path(folder), files)
+
+    def embodiment(self, name: str | None = None) -> Embodiment:
+        """See ClosedFormTokenizer.embodiment; "normalised-<D>" is known to every FAST tokenizer."""
+        if name is None and not self._embodiments:
+            raise SpaceMismatchError(
+                "this FAST tokenizer has no action space of its own; add one by adapt(space, statistics), or name"
+                ' embodiment "normalised-<D>" in the context where actions lie in [-1, 1]'
+            )
+        if name is not None and name not in self._embodiments and (match := NORMALISED.fullmatch(name)):
+            dim = int(match[1])
+            return Embodiment(ActionSpace.raw(dim, name), Normaliser.identity(dim))
+        return super().embodiment(name)
+
+    def encode(self, actions: Any, context: ChunkContext | None = None) -> Tokens:
+        """See ActionTokenizer.encode."""
+        context = context or ChunkContext()
+        if context.embodiment is None and not self._embodiments:
+            context = replace(context, embodiment=f"normalised-{np.shape(to_numpy(actions))[-1]}")
+        return super().encode(actions, context)
+
     # -- what a horizon allows ------------------------------------------------------------------------------------
 
     def alphabet(self, horizon: int) -> Alphabet:
@@ -217,11 +306,15 @@ class FastTokenizer(ClosedFormTokenizer):
 
     def _encode(self, chunks: np.ndarray, embodiment: Embodiment, context: ChunkContext) -> Encoded:
         alphabet = self.alphabet(chunks.shape[1])
-        wanted = quantise(chunks, self.config.scale).reshape(len(chunks), -1) - self.min_token
-        inside = np.clip(wanted, alphabet.low, alphabet.high)
-        points = inside if alphabet.spelled.all() else alphabet.nearest[inside - alphabet.low]
+        points = quantise(chunks, self.config.scale).reshape(len(chunks), -1)
+        points -= np.int32(self.min_token)
+        saturated = np.zeros(len(chunks), np.int64)
+        if points.min() < alphabet.low or points.max() > alphabet.high or not alphabet.spelled.all():
+            wanted = points
+            points = alphabet.nearest[np.clip(wanted, alphabet.low, alphabet.high) - alphabet.low]
+            saturated = (points != wanted).sum(1)
         flat, offsets = self.bpe.encode(points)
-        return Encoded(flat, offsets, (points != wanted).sum(1))
+        return Encoded(flat, offsets, saturated)
 
     def _decode(
         self,
@@ -237,11 +330,14 @@ class FastTokenizer(ClosedFormTokenizer):
         alphabet = self.alphabet(horizon)
         points = self.bpe.decode(flat, offsets)
         lengths = np.diff(points.offsets)
-        legal = (points.flat >= alphabet.low) & (points.flat <= alphabet.high)
+        if len(points.flat) == 0 or points.flat.min() < alphabet.low or points.flat.max() > alphabet.high:
+            legal = (points.flat >= alphabet.low) & (points.flat <= alphabet.high)
+        else:
+            legal = np.ones(len(points.flat), bool)
         if not alphabet.spelled.all():
             legal &= alphabet.spelled[np.clip(points.flat - alphabet.low, 0, len(alphabet.spelled) - 1)]
         if (lengths == n).all() and legal.all():
-            coefficients = (points.flat + self.min_token).reshape(-1, horizon, dim)
+            coefficients = (points.flat + np.int32(self.min_token)).reshape(-1, horizon, dim)
             size = len(lengths)
             return Reconstruction(
                 dequantise(coefficients, self.config.scale), np.ones(size, bool), np.diff(offsets), [None] * size
@@ -282,12 +378,15 @@ class FastTokenizer(ClosedFormTokenizer):
 def quantise(chunks: np.ndarray, scale: float) -> np.ndarray:
     """Rounded coefficients int32 [B, T, D] of float32 chunks."""
     coefficients = scipy.fft.dct(chunks, axis=1, norm="ortho")
-    return np.rint(coefficients * np.float32(scale)).astype(np.int32)
+    coefficients *= np.float32(scale)
+    return np.rint(coefficients, out=coefficients).astype(np.int32)
 
 
 def dequantise(coefficients: np.ndarray, scale: float) -> np.ndarray:
     """float32 chunks [B, T, D] of integer coefficients."""
-    return scipy.fft.idct(coefficients.astype(np.float32) / np.float32(scale), axis=1, norm="ortho")
+    values = coefficients.astype(np.float32)
+    values /= np.float32(scale)
+    return scipy.fft.idct(values, axis=1, norm="ortho", overwrite_x=True)
 
 
 def coefficient_bound(scale: float, horizon: int, limit: float) -> int:
