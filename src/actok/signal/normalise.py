@@ -56,7 +56,7 @@ class Normaliser:
 
     @classmethod
     def make(cls, kind: str, statistics: Statistics, limits: tuple[Any, Any] | None = None) -> Self:
-        """From statistics. `limits`: (low, high) stated by the action space, else the observed minimum and maximum."""
+        """From statistics. `limits`: (low [D], high [D]) for `clip_to_limits`; None: the observed minimum and maximum."""
         if kind not in get_args(NormaliserKind):
             raise ConfigError(f"normaliser {kind!r} is unknown; use one of {', '.join(get_args(NormaliserKind))}")
         s = statistics

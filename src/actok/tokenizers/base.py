@@ -386,9 +386,26 @@ class ClosedFormTokenizer(ActionTokenizer):
         return f"{type(self).__name__}({self.config}, horizon={self._horizon}, embodiments={list(self._embodiments)})"
 
 
+# How far beyond the observed range a decoded value may lie, as a share of the range's width: held-out motions reach a
+# little further than the training ones did. Grippers and hands have hard stops and get none.
+LIMIT_MARGIN = 0.25
+
+
+def _limits(space: ActionSpace, statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest raw value [D] that decoding may give: stated by the space, else observed plus a margin."""
+    if space.low is not None and space.high is not None:
+        return np.array(space.low), np.array(space.high)
+    soft = np.ones(space.dim)
+    for group in space.groups:
+        if group.kind in ("gripper", "hand"):
+            soft[list(group.dims)] = 0.0
+    margin = LIMIT_MARGIN * soft * (statistics.maximum - statistics.minimum)
+    return statistics.minimum - margin, statistics.maximum + margin
+
+
 def _embodiment(space: ActionSpace, statistics: Statistics, kind: str) -> Embodiment:
-    stated = None if space.low is None or space.high is None else (space.low, space.high)
-    normaliser = Normaliser.make(kind, statistics, stated)
+    limits = None if kind == "identity" and space.low is None else _limits(space, statistics)
+    normaliser = Normaliser.make(kind, statistics, limits)
     if normaliser.constant.any():
         names = [space.names[d] for d in np.flatnonzero(normaliser.constant)]
         warnings.warn(

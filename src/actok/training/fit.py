@@ -98,7 +98,7 @@ def fit(
     Args:
         name: a preset (`actok.list_tokenizers()`).
         data: float array [B, T, D] of chunks; a folder, file or Hub id; or a list of these (one embodiment each).
-        tolerance: e.g. "2 mm, 1 deg" or "0.02 normalised", at the 99th percentile; see `Tolerance.parse`.
+        tolerance: e.g. "2 mm, 1 deg" or "0.02 raw, p95", by default at the 99th percentile; see `Tolerance.parse`.
         horizon: T; default one second of control (`ActionSpace.default_horizon`). Ignored for an array of chunks.
         space: action space preset, TOML file or object; needed where the data do not tell.
         seed: of the split and of subsampling.
