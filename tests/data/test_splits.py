@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actok.core import ConfigError, DataError
-from actok.data.splits import split_episodes
+from actok.core import ActionSpace, ConfigError, DataError
+from actok.data.episodes import EpisodeDataset
+from actok.data.splits import split_dataset, split_episodes
 from realdata import REAL, needs_real
 
 
@@ -87,6 +88,26 @@ def test_a_zero_fraction_is_meant():
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         split_episodes(**arguments)
+
+
+class Named(EpisodeDataset):
+    """Episodes of which only number and tasks are known; a split reads none."""
+
+    name, space, space_origin = "named", ActionSpace.raw(5), "nothing known"
+
+    def __init__(self, tasks):
+        self.lengths, self.tasks = np.full(len(tasks), 2), tasks
+
+    def episode(self, index, *, images=False):
+        raise AssertionError("a split reads no episode")
+
+
+def test_a_dataset_is_split_by_its_own_tasks():
+    tasks = ["push"] * 20 + ["pull"] * 10
+    split = split_dataset(Named(tasks), seed=11)
+    for part, push, pull in zip(parts(split), (16, 2, 2), (8, 1, 1), strict=True):
+        assert (len(part[part < 20]), len(part[part >= 20])) == (push, pull)
+    assert np.array_equal(split_dataset(Named(tasks), seed=12).test, split_episodes(30, seed=12, tasks=tasks).test)
 
 
 @needs_real
