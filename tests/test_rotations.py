@@ -159,7 +159,9 @@ def test_degenerate_6d_is_flagged_and_finite(dtype):
     values = DEGENERATE_6D.astype(dtype)
     assert degenerate(values, "rot6d").all()
     matrix = to_matrix(values, "rot6d").astype(np.float64)
-    np.testing.assert_allclose(matrix @ np.swapaxes(matrix, -1, -2), np.broadcast_to(np.eye(3), matrix.shape), atol=1e-6)
+    np.testing.assert_allclose(
+        matrix @ np.swapaxes(matrix, -1, -2), np.broadcast_to(np.eye(3), matrix.shape), atol=1e-6
+    )
     np.testing.assert_allclose(np.linalg.det(matrix), 1.0, atol=1e-6)
 
 
