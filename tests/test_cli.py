@@ -1,0 +1,188 @@
+"""The verbs, end to end on a generated dataset, in one process: outputs, exit codes, one-line errors."""
+
+import json
+
+import numpy as np
+import pytest
+
+import actok
+from actok.cli import main
+
+SPACE = """
+embodiment = "test_arm"
+dim = 3
+rate_hz = 20.0
+[[groups]]
+name = "position"
+kind = "position"
+dims = [0, 1]
+unit = "m"
+scale = 1.0
+[[groups]]
+name = "gripper"
+kind = "gripper"
+dims = [2]
+unit = "fraction"
+scale = 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a dataset of 30 episodes, its action space, and a fitted FAST."""
+    folder = tmp_path_factory.mktemp("cli")
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(31, 53, 30)
+    actions = np.concatenate(
+        [
+            np.sin(np.linspace(0, 3, n)[:, None] * rng.uniform(0.5, 2, (1, 3)) + rng.uniform(0, 6, (1, 3)))
+            for n in lengths
+        ]
+    )
+    actions[:, 2] = actions[:, 2] > 0
+    np.savez(folder / "demos.npz", action=actions.astype(np.float32), episode_length=lengths, control_hz=20.0)
+    (folder / "space.toml").write_text(SPACE)
+    assert main(["fit", "fast", *data(folder), "--out", str(folder / "tok"), "--set", "scale=20"]) == 0
+    return folder
+
+
+def data(folder) -> list[str]:
+    return ["--data", str(folder / "demos.npz"), "--space", str(folder / "space.toml")]
+
+
+def fails(arguments, capsys) -> str:
+    """Run, expect exit code 1 and a single line on stderr; return it."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("actok: error: ")
+    return lines[0]
+
+
+def test_fit_takes_settings_and_says_what_it_made(place):
+    tokenizer = actok.load(place / "tok")
+    assert tokenizer.config.scale == 20
+    assert tokenizer.horizon == 20
+    assert list(tokenizer.spaces) == ["test_arm"]
+
+
+def test_encode_then_decode_gives_the_data_back(place, capsys):
+    tokens, out = place / "tokens.parquet", place / "actions.npz"
+    assert main(["encode", str(place / "tok"), *data(place), "--out", str(tokens)]) == 0
+    assert main(["decode", str(place / "tok"), "--tokens", str(tokens), "--out", str(out)]) == 0
+    assert "0 did not decode" in capsys.readouterr().out
+    decoded, demos = np.load(out), np.load(place / "demos.npz")
+    starts = np.concatenate([[0], np.cumsum(demos["episode_length"])])
+    assert decoded["valid"].all()
+    covered = 0
+    for chunk, episode, start, real in zip(
+        decoded["actions"], decoded["episode"], decoded["start"], decoded["real_steps"], strict=True
+    ):
+        first = starts[episode] + start
+        error = np.abs(chunk[:real] - demos["action"][first : first + real])
+        assert error.max() < 0.3
+        covered += real
+    assert covered == demos["episode_length"].sum()
+
+
+def test_decode_counts_what_does_not_decode_and_repairs_only_when_asked(place, capsys):
+    from dataclasses import replace
+
+    from actok.data import read_tokens, write_tokens
+
+    source, broken = place / "to_break.parquet", place / "broken.parquet"
+    assert main(["encode", str(place / "tok"), *data(place), "--out", str(source)]) == 0
+    table = read_tokens(source)
+    cut = replace(table, ids=table.ids[1:], offsets=np.maximum(table.offsets - 1, 0))
+    write_tokens(cut, broken)
+    arguments = ["decode", str(place / "tok"), "--tokens", str(broken), "--out", str(place / "broken.npz")]
+    assert main(arguments) == 3
+    assert "1 sequences are invalid" in capsys.readouterr().err
+    out = np.load(place / "broken.npz")
+    assert out["valid"].sum() == len(out["valid"]) - 1
+    assert np.isnan(out["actions"][0]).all()
+    assert main([*arguments, "--repair", "truncate_pad"]) == 3
+    repaired = np.load(place / "broken.npz")
+    assert repaired["repaired"].tolist() == (~out["valid"]).tolist()
+    assert np.isfinite(repaired["actions"]).all()
+
+
+def test_decode_with_another_tokenizer_is_refused(place, capsys):
+    tokens = place / "other.parquet"
+    assert main(["encode", str(place / "tok"), *data(place), "--out", str(tokens)]) == 0
+    assert main(["fit", "bins", *data(place), "--out", str(place / "bins")]) == 0
+    message = fails(["decode", str(place / "bins"), "--tokens", str(tokens), "--out", str(place / "x.npz")], capsys)
+    assert "decode with the one that encoded" in message
+    assert not (place / "x.npz").exists()
+
+
+def test_encoding_data_of_another_space_is_refused(place, capsys):
+    np.savez(place / "wide.npz", action=np.zeros((50, 5), np.float32), episode_length=[50])
+    message = fails(
+        ["encode", str(place / "tok"), "--data", str(place / "wide.npz"), "--out", str(place / "y.parquet")], capsys
+    )
+    assert "dimensions: 3 against 5" in message
+
+
+def test_tolerance_reports_what_it_chose(place, capsys):
+    out = str(place / "tol")
+    assert main(["fit", "bins", *data(place), "--out", out, "--tolerance", "20 mm"]) == 0
+    assert "is the coarsest of" in capsys.readouterr().out
+    assert main(["inspect", out]) == 0
+    assert "on test episodes" in capsys.readouterr().out
+
+
+def test_inspect_shows_a_tokenizer_and_a_dataset(place, capsys):
+    assert main(["inspect", str(place / "tok"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "fast"
+    assert facts["hash"] == actok.load(place / "tok").weights_hash
+    assert main(["inspect", str(place / "demos.npz"), "--space", str(place / "space.toml")]) == 0
+    text = capsys.readouterr().out
+    assert "30, 31 to" in text
+    assert "test_arm" in text
+    assert main(["inspect", str(place / "demos.npz"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["episodes"] == 30
+
+
+def test_list_covers_spaces_and_mixtures(capsys):
+    for what, name in (("tokenizers", "fast"), ("spaces", "bridge_widowx"), ("mixtures", "faster_s")):
+        assert main(["list", what]) == 0
+        assert name in capsys.readouterr().out
+
+
+def test_bench_writes_results_table_and_report(place, capsys):
+    out = place / "bench"
+    arguments = ["bench", *data(place), "--tokenizers", f"bins,{place / 'tok'}", "--out", str(out)]
+    assert main(arguments) == 0
+    assert "bins" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert {r["tokenizer"] for r in results["results"]} == {"bins", "tok"}
+    assert "<html" in (out / "report.html").read_text()
+
+
+def test_errors_name_the_value_and_the_remedy(place, capsys):
+    cases = [
+        (["fit", "fsat", *data(place), "--out", str(place / "z")], "did you mean 'fast'?"),
+        (["fit", "fast", *data(place), "--out", str(place / "z"), "--set", "scal=3"], "did you mean 'scale'?"),
+        (["fit", "fast", *data(place), "--out", str(place / "z"), "--set", "scale"], "key=value"),
+        (["fit", "fast", "--data", str(place / "none"), "--out", str(place / "z")], "none"),
+        (["fit", "fast", "--data", str(place / "demos.npz"), "--space", "widow", "--out", str(place / "z")], "widow"),
+        (["fit", "fast", *data(place), "--out", str(place / "z"), "--horizon", "0"], "horizon is 0"),
+        (["encode", str(place / "none"), *data(place), "--out", str(place / "t")], "does not exist"),
+        (
+            ["decode", str(place / "tok"), "--tokens", str(place / "demos.npz"), "--out", str(place / "t")],
+            "cannot be read",
+        ),
+        (["bench", *data(place), "--tokenizers", "fsat", "--out", str(place / "b")], "did you mean 'fast'?"),
+        (["collect", "--env", "metaverse", "--out", str(place / "c")], "metaverse"),
+    ]
+    for arguments, words in cases:
+        assert words in fails(arguments, capsys), arguments
+    assert not (place / "z").exists()
+
+
+def test_debug_shows_the_traceback(place):
+    with pytest.raises(actok.ActokError):
+        main(["inspect", str(place / "none"), "--debug"])
