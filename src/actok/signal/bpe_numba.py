@@ -31,13 +31,13 @@ compiled = numba.njit(cache=True, nogil=True)
 
 
 @compiled
-def _slot(key: int, keys: np.ndarray) -> int:
+def _slot(key: int | np.int64, keys: np.ndarray) -> int:
     """Where `key` stands in an open-addressed table of 2 ** k keys, or the free slot (-1) where it would."""
     mask = len(keys) - 1
     slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(36)) & mask  # Fibonacci hashing
     while keys[slot] != -1 and keys[slot] != key:
         slot = (slot + 1) & mask
-    return slot
+    return int(slot)
 
 
 @compiled
