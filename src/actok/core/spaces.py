@@ -229,5 +229,5 @@ class ActionSpace:
             return cls(groups=groups, **values)
         except TypeError as error:
             raise ConfigError(
-                f"action space {values.get('embodiment')!r}: {error}; see docs/data.md for the keys"
+                f"action space {values.get('embodiment')!r}: {error}; see docs/spaces.md for the keys"
             ) from None
