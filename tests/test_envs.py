@@ -9,11 +9,11 @@ from importlib.metadata import EntryPoint, EntryPoints
 
 import numpy as np
 import pytest
-from pointmass import PointMass
 
 from actok.core import ConfigError, DataError, MissingExtraError
 from actok.envs import Observation, list_envs, make_env
 from actok.envs.branches import branches_of
+from pointmass import PointMass
 
 # -- the registry -----------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from pointmass import SPACE, PointMass, Straight
 
 from actok.core import ActokError
 from actok.data import Episode, open_dataset
 from actok.evaluation.record import SETTLE_STEPS, collect, demonstrate, record_lerobot
+from pointmass import SPACE, PointMass, Straight
 
 
 def same(a: Episode, b: Episode) -> bool:

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from pointmass import SPACE, PointMass
-from realdata import REAL, needs_real
 
 from actok.core import ActokError, FitPart
 from actok.data import Episode, EpisodeDataset
@@ -16,6 +14,8 @@ from actok.evaluation.intervals import compare_paired, wilson
 from actok.evaluation.record import collect
 from actok.evaluation.replay import replay
 from actok.tokenizers.bins import BinsConfig, BinsTokenizer
+from pointmass import SPACE, PointMass
+from realdata import REAL, needs_real
 
 HORIZON = 11  # neither divides nor is divided by the episodes' lengths
 

@@ -161,6 +161,7 @@ class Collection:
         )
         self._env, self._max_steps, self._workers = env, max_steps, workers
         self._begun = False
+        self._quiet = False
 
     def __iter__(self) -> Iterator[Episode]:
         if self._begun:
@@ -170,7 +171,7 @@ class Collection:
 
         begin = time.perf_counter()
         total = self.report.asked * len(self.report.tasks)
-        bar = tqdm(total=total, unit="episode", desc="collect", file=sys.stderr, disable=None)
+        bar = tqdm(total=total, unit="episode", desc="collect", file=sys.stderr, delay=2, disable=self._quiet)
         with Workers(self._env, self._workers) as workers, bar:
             while wave := self._next_wave():
                 for episode in workers.map(_attempt, wave):
@@ -237,5 +238,6 @@ def record_lerobot(collection: Collection, env: Env, folder: str | Path) -> Coll
     """Write a collection as a LeRobot v3.0 dataset with instructions, sub-tasks, proprioception and start states."""
     from actok.data import write_lerobot
 
+    collection._quiet = True  # the writer shows the progress
     write_lerobot(collection, Path(folder), space=env.space, rate_hz=env.rate_hz, version="v3.0")
     return collection.report

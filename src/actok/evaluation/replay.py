@@ -255,7 +255,7 @@ def _execute(
     success = {name: np.zeros(len(episodes), bool) for name in variants}
     seconds = dict.fromkeys(variants, 0.0)
     groups = list(_groups(episodes, workers))
-    bar = tqdm(total=len(episodes), unit="episode", desc="replay", file=sys.stderr, disable=None if progress else True)
+    bar = tqdm(total=len(episodes), unit="episode", desc="replay", file=sys.stderr, delay=2, disable=not progress)
     with Workers(env, min(workers, len(groups))) as pool, bar:
         for group, outcome in zip(groups, pool.map(_simulate, _jobs(episodes, variants, groups)), strict=True):
             for index, solved in zip(group, outcome.success, strict=True):
