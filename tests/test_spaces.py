@@ -96,6 +96,7 @@ def test_metadata_find_the_preset(facts, preset):
         {"dim": 7, "dataset": "droid_100"},
         {"dim": 5, "names": ["a", "b", "c", "d", "e"]},
         {"dim": 5, "names": ["x", "y"]},
+        {"dim": 2, "names": {"motors": ["motor_0", "motor_1"]}, "dataset": "lerobot/pusht"},
     ],
 )
 def test_nothing_is_guessed(facts):

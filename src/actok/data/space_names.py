@@ -15,8 +15,9 @@ __all__ = ["contradicts", "flat_names", "space_from_names"]
 _HAND = {"hand", "finger", "thumb", "pinky", "little", "ring", "middle", "index"}
 _GRIPPER = {"gripper", "grip", "claw", "jaw"}
 _BASE = {"base", "chassis", "wheel", "wheels"}
+# Not "motor": data sets call anything motor_0, motor_1, from joints to pixels.
 _JOINT = {
-    *("joint", "joints", "motor", "shoulder", "elbow", "wrist", "waist", "forearm", "hip", "knee", "ankle"),
+    *("joint", "joints", "shoulder", "elbow", "wrist", "waist", "forearm", "hip", "knee", "ankle"),
     *("torso", "neck", "head", "j", "q", "qpos"),
 }
 _VELOCITY = {"vel", "velocity", "speed", "qvel"}
