@@ -151,3 +151,13 @@ def test_a_space_of_another_dimension_is_refused():
 def test_seed_decides_the_split():
     hashes = {fit("pca", [episodes(30, 4)], space=ARM, seed=seed).weights_hash for seed in (0, 0, 1)}
     assert len(hashes) == 2
+
+
+def test_two_datasets_of_one_embodiment_share_one_normaliser():
+    """Its range is that of both together, whichever comes first."""
+    low, high = episodes(30, 4), [e + 1 for e in episodes(30, 4, seed=1)]
+    for order in ([low, high], [high, low]):
+        tokenizer = fit("bins", order, space=ARM, normaliser="min_max", horizon=17)
+        normaliser = tokenizer.embodiment("arm").normaliser
+        assert (normaliser.inverse(-np.ones(4)) < -0.1).all()
+        assert (normaliser.inverse(np.ones(4)) > 1.1).all()

@@ -158,10 +158,14 @@ class FrameCache:
 
         Raises DataError where these episodes have no frame, or an index is out of range.
         """
+        return self.accumulate(episodes).result()
+
+    def accumulate(self, episodes: Sequence[int] | np.ndarray | None = None) -> StatisticsAccumulator:
+        """What `statistics` is made from, to be merged with that of other datasets of the same space."""
         accumulator = StatisticsAccumulator(self.space.dim)
         for block in self._blocks(self.check_episodes(episodes)):
             accumulator.update(block)
-        return accumulator.result()
+        return accumulator
 
     def check_episodes(self, episodes: Sequence[int] | np.ndarray | None) -> np.ndarray:
         """Episode indices as int64, all where None. Raises DataError naming the first that does not exist."""

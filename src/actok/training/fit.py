@@ -22,6 +22,7 @@ from actok.core import (
 from actok.core.arrays import is_torch
 from actok.core.registry import load_target
 from actok.data import Chunks, FrameCache, open_dataset, split_dataset
+from actok.signal.sketch import StatisticsAccumulator
 from actok.training.tolerance import Tolerance, search
 
 # Of training, validation and test episodes, here and in the benchmark.
@@ -37,6 +38,7 @@ class Material:
     Attributes:
         train, validation, test: FitPart of each split, or None where the split is empty.
         anchors: proprioception at the chunk starts of validation and test, or None.
+        accumulator: statistics of the training episodes, to be merged with those of other datasets.
         origin: what the data were and how the action space was found, for the artifact's meta.
     """
 
@@ -44,6 +46,7 @@ class Material:
     validation: FitPart | None
     test: FitPart | None
     anchors: Mapping[str, np.ndarray | None]
+    accumulator: StatisticsAccumulator
     origin: Mapping[str, Any]
 
     def renamed(self, embodiment: str) -> Material:
@@ -115,7 +118,7 @@ def fit(
     materials = [
         load_material(source, hold_out=tolerance is not None or not _is_array(source), **options) for source in sources
     ]
-    materials = _one_name_one_space(materials)
+    materials = _one_normaliser_each(_one_name_one_space(materials))
     parts = [m.train for m in materials]
     meta: dict[str, Any] = {
         "preset": name,
@@ -143,6 +146,19 @@ def _one_name_one_space(materials: Sequence[Material]) -> list[Material]:
     return found
 
 
+def _one_normaliser_each(materials: Sequence[Material]) -> list[Material]:
+    """Datasets of one embodiment get the statistics of all of their training episodes together."""
+    merged: dict[str, StatisticsAccumulator] = {}
+    for material in materials:
+        name = material.train.space.embodiment
+        if name in merged:
+            merged[name].merge(material.accumulator)
+        else:
+            merged[name] = StatisticsAccumulator.from_arrays(material.accumulator.to_arrays())
+    statistics = {name: accumulator.result() for name, accumulator in merged.items()}
+    return [replace(m, train=replace(m.train, statistics=statistics[m.train.space.embodiment])) for m in materials]
+
+
 def load_material(
     source: Any,
     *,
@@ -164,7 +180,8 @@ def load_material(
     cache = FrameCache.build(dataset)
     steps = dataset.space.default_horizon if horizon is None else horizon
     split = split_dataset(dataset, fractions=FRACTIONS if hold_out else (1.0, 0.0, 0.0), seed=seed)
-    statistics = cache.statistics(split.train)
+    accumulator = cache.accumulate(split.train)
+    statistics = accumulator.result()
     anchors: dict[str, np.ndarray | None] = {}
 
     def part(which: str) -> FitPart | None:
@@ -187,6 +204,7 @@ def load_material(
         validation=part("validation"),
         test=part("test"),
         anchors=anchors,
+        accumulator=accumulator,
         origin={
             "name": dataset.name,
             "episodes": len(dataset),
