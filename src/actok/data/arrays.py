@@ -69,23 +69,28 @@ class ArrayDataset(EpisodeDataset):
                     f" {part.title} has {part.dim}; open them as separate datasets"
                 )
         rate = common_rate(((p.title, p.rate_hz) for p in parts), name)
-        robots = list(dict.fromkeys(p.robot for p in parts))
-        found = [
-            resolve_space(space, dim=parts[0].dim, dataset=name, robot=robot, rate_hz=rate)
-            for robot in robots or [None]
-        ]
-        for robot, (other, _) in zip(robots, found, strict=True):
-            if differences := found[0][0].differences(other):
-                raise SpaceMismatchError(
-                    f"dataset {name!r} mixes the robots {robots[0]!r} and {robot!r}, whose action spaces differ in"
-                    f" {'; '.join(differences)}; open them as separate datasets"
-                )
-        self.space, self.space_origin = found[0]
-        if len(robots) > 1 and space is None:
-            self.space_origin += f"; {len(robots)} robots share it"
+        self.space, self.space_origin = self._resolve(space, list(dict.fromkeys(p.robot for p in parts)), rate)
         self.lengths = np.concatenate([p.lengths for p in parts])
         self.source_files = [p.file for p in parts if p.file is not None]
         self._first = np.cumsum([0, *(len(p.lengths) for p in parts)])
+
+    def _resolve(
+        self, space: str | Path | ActionSpace | None, robots: list[str | None], rate: float | None
+    ) -> tuple[ActionSpace, str]:
+        """One space for all robots: refused where theirs differ, named after none of them where they agree."""
+        found = [resolve_space(space, dim=self._parts[0].dim, dataset=self.name, robot=r, rate_hz=rate) for r in robots]
+        for robot, (other, _) in zip(robots, found, strict=True):
+            if differences := found[0][0].differences(other):
+                raise SpaceMismatchError(
+                    f"dataset {self.name!r} mixes the robots {robots[0]!r} and {robot!r}, whose action spaces differ in"
+                    f" {'; '.join(differences)}; open them as separate datasets"
+                )
+        if len(robots) == 1:
+            return found[0]
+        shared = resolve_space(space, dim=self._parts[0].dim, dataset=self.name, rate_hz=rate)
+        if shared[0].differences(found[0][0]):  # what the robots' names tell is more than the title does
+            shared = found[0]
+        return shared[0], f"{shared[1]}; {len(robots)} robots share it"
 
     def episode(self, index: int, *, images: bool = False) -> Episode:
         """See EpisodeDataset.episode."""
