@@ -9,6 +9,7 @@ import pytest
 from actok.core import ActionSpace, ConfigError
 from actok.data.spaces import FOLDER, describe_space, find_space, infer_space, list_spaces, union_mapping
 from actok.signal.conversions import convert, convert_rotations
+from actok.signal.rotations import from_matrix, to_matrix
 from actok.signal.unions import to_union
 from realdata import REAL, needs_real
 
@@ -299,6 +300,24 @@ def test_a_step_moves_no_further_than_its_scale_says(path, preset, fastest):
     for axis in range(3):
         slope = (command[:, axis] @ move[:, axis]) / (command[:, axis] @ command[:, axis])
         assert 0.05 < slope <= fastest, (axis, slope)
+
+
+@needs_real
+def test_osc_rotations_turn_about_world_axes():
+    """The gripper points down, so a turn about the body's z would show with the opposite sign: on all five arms."""
+    space = find_space("robosuite_osc_pose")
+    assert space.group("rotation").side == "world"
+    turn = list(space.group("rotation").dims)
+    data = npz("sim", "robosuite_state")
+    for action, proprio, episode, robot in zip(*(data[k] for k in ("action", "proprio", "episode_index", "robot")), strict=True):  # fmt: skip
+        same = episode[1:] == episode[:-1]
+        pose = to_matrix(proprio[:, 3:7].astype(np.float64), "quaternion_xyzw")
+        before, after = pose[:-1][same], pose[1:][same]
+        command = action[:-1][same][:, turn[2]]
+        about_world = from_matrix(after @ before.swapaxes(1, 2), "axis_angle")[:, 2]
+        about_body = from_matrix(before.swapaxes(1, 2) @ after, "axis_angle")[:, 2]
+        assert np.corrcoef(command, about_world)[0, 1] > 0.75, robot
+        assert np.corrcoef(command, about_body)[0, 1] < -0.75, robot
 
 
 @needs_real
