@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -159,6 +160,7 @@ def reconstruction_figure(dataset: Mapping[str, Any], unit: Mapping[str, Any]) -
                 axes.fill_between(x, truth - band, truth + band, color="#8C8C8C", alpha=0.35, linewidth=0)
                 axes.plot(x, truth, color=INK, linewidth=1.0)
                 axes.plot(x, found[column, steps, dim] * factor, color=COLOURS[1], linewidth=1.3, linestyle=DASHES[1])
+                _at_least(axes, 10 * band)
                 axes.tick_params(labelsize=7, labelbottom=row == len(dims) - 1)
                 if column == 0:
                     axes.set_ylabel(label, fontsize=8)
@@ -244,9 +246,14 @@ def _inline(svg: str) -> str:
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     head, rest = svg.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    rest = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), rest)
+    # Two decimals of a point are enough for paths and positions; text between the tags is left as it is.
+    rest = re.sub(
+        r' (?:d|x|y|transform)="[^"]*"',
+        lambda a: re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), a[0]),
+        rest,
+    )
     # Identifiers of clip paths and markers are unique within a figure only.
-    prefix = f"f{abs(hash(rest)) % 10**8:08d}-"
+    prefix = f"f{zlib.crc32(rest.encode()):08x}-"
     rest = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", rest)
     rest = re.sub(r"font: ([^;\"]*?)'?sans-serif'?[^;\"]*", r"font: \1sans-serif", rest)
     return f'{head} role="img">{rest}'.replace(INK, "currentColor").replace("\n", " ")
@@ -266,6 +273,13 @@ def _styles(units: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], st
         )
         for i, name in enumerate(names)
     ]
+
+
+def _at_least(axes: Any, span: float) -> None:
+    """Widen a y axis to that span, so that a constant dimension does not look like an error."""
+    low, high = axes.get_ylim()
+    if high - low < span:
+        axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
 
 
 def _legend(axes: Any) -> None:

@@ -24,7 +24,7 @@ from actok.training import fit_parts, load
 # What a point of a rate-distortion curve is fitted and judged on, at most.
 SWEEP_CHUNKS, SWEEP_FIT_CHUNKS = 500, 4000
 
-__all__ = ["Candidate", "run_benchmark"]
+__all__ = ["Candidate", "run_benchmark", "write_outputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +155,9 @@ def run_benchmark(
     return results
 
 
-def write_outputs(results: Mapping[str, Any], out: Path) -> None:
+def write_outputs(results: Mapping[str, Any], out_dir: str | Path) -> None:
     """Everything derived from results: table.txt, table.md and report.html (a warning where matplotlib is missing)."""
+    out = Path(out_dir)
     write_bytes(out / "table.txt", text_table(results) + "\n")
     write_bytes(out / "table.md", text_table(results, markdown=True) + "\n")
     try:
@@ -226,6 +227,8 @@ def _fit_and_measure(dataset: Prepared, candidate: Candidate, seed: int) -> dict
     tokenizer, embodiment, adapted = embodiment_for(tokenizer, dataset.held_out)
     metrics = measure(tokenizer, dataset.held_out, embodiment, seed=seed, full=not candidate.sweep)
     artifact = tokenizer.to_artifact()
+    if candidate.loaded is not None:
+        _warn_of_leak(artifact.meta, dataset, seed)
     return {
         "kind": tokenizer.kind,
         "weights_hash": artifact.weights_hash,
@@ -236,6 +239,18 @@ def _fit_and_measure(dataset: Prepared, candidate: Candidate, seed: int) -> dict
         "measure_seconds": time.perf_counter() - after,
         "metrics": metrics,
     }
+
+
+def _warn_of_leak(meta: Mapping[str, Any], dataset: Prepared, seed: int) -> None:
+    """Warn where a saved tokenizer was fitted on this dataset under another split, so that it may know the answers."""
+    names = [d.get("name") for d in meta.get("data") or [] if isinstance(d, Mapping)]
+    fitted_seed = (meta.get("split") or {}).get("seed")
+    if dataset.held_out.name in names and fitted_seed != seed:
+        warnings.warn(
+            f"was fitted on {dataset.held_out.name} with split seed {fitted_seed} and is judged with seed {seed}, so it may"
+            " have seen test episodes; use the same seed",
+            stacklevel=2,
+        )
 
 
 def _fitted(dataset: Prepared, candidate: Candidate) -> ActionTokenizer:

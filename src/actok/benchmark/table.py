@@ -77,7 +77,7 @@ def error_columns(units: Sequence[Mapping[str, Any]]) -> list[Column]:
     for kind, unit in _error_kinds(units):
         columns.append(
             column(
-                unit,
+                unit if unit.removeprefix("path ") in ("mm", "deg") else f"{kind} {unit}",
                 f"{kind} error: mean / 95th percentile" + (", accumulated over the chunk" if "path" in unit else ""),
                 lambda m, kind=kind, unit=unit: _worst_group(m, kind, unit),  # type: ignore[misc]
             )

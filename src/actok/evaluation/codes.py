@@ -189,7 +189,9 @@ def ngram_fit(train: CodeSequences, test: CodeSequences, order: int) -> NgramFit
     base = np.cumsum([0] + [size + 1 for _, size in sorted(test.sizes.items())])
     start = {t: int(b) for t, b in zip(sorted(test.sizes), base, strict=False)}
     alphabet = int(base[-1]) + 1  # all tables, an end symbol each, and the start symbol
-    if alphabet ** (order - 1) * alphabet >= 2**62:
+    if not len(train.flat) or not len(test):
+        raise DataError(f"{len(train.flat)} training codes and {len(test)} sequences to judge; give at least one of each")
+    if alphabet**order >= 2**62:
         raise DataError(f"order {order} over {alphabet} symbols does not fit in 64-bit keys; use a lower order")
     grams, _ = _grams(train, order, start, alphabet)
     queries, kinds = _grams(test, order, start, alphabet)

@@ -1,0 +1,103 @@
+"""Decode-and-replay of a dataset's held-out episodes, as one step: fit or load, replay, write replay.json, table."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actok.benchmark.results import provenance, write_results
+from actok.benchmark.table import percent, render_columns, replay_columns
+from actok.core import ActionTokenizer, ConfigError, tokenizer_presets
+from actok.data import EpisodeDataset, open_dataset, split_dataset
+from actok.envs import make_env
+from actok.evaluation.replay import EXACT, replay
+from actok.training import fit, load
+from actok.training.fit import FRACTIONS
+
+__all__ = ["held_out_episodes", "replay_held_out", "replay_text"]
+
+
+def replay_held_out(
+    data: str | Path,
+    tokenizers: Sequence[str],
+    env_name: str,
+    out_dir: str | Path,
+    *,
+    per_task: int = 5,
+    horizon: int | None = None,
+    seed: int = 0,
+    workers: int = 2,
+) -> dict[str, Any]:
+    """Replay test episodes of `data` through each tokenizer and write `out_dir`/replay.json.
+
+    Presets are fitted on the training episodes of the same split; saved tokenizers are taken as they are, and a warning
+    names one that was fitted on another split of these data. See `actok.evaluation.replay.replay` for the result.
+
+    Args:
+        data: demonstrations with start states, in the environment's action space.
+        tokenizers: preset names or saved folders.
+        env_name: e.g. "metaworld".
+        out_dir: where replay.json goes.
+        per_task: at most this many test episodes of each task.
+        horizon: T to fit presets at; None: one second.
+        seed: of the split.
+        workers: processes.
+    """
+    env = make_env(env_name)
+    dataset = open_dataset(data)
+    fitted: dict[str, ActionTokenizer] = {}
+    for name in tokenizers:
+        if name in tokenizer_presets():
+            label, tokenizer = name, fit(name, str(data), horizon=horizon, seed=seed)
+        else:
+            label, tokenizer = Path(name).name, load(name)
+            _warn_of_other_split(label, tokenizer, dataset, seed)
+        if label in fitted:
+            raise ConfigError(f"two tokenizers are called {label!r}; rename one of the folders")
+        fitted[label] = tokenizer
+    episodes = held_out_episodes(dataset, seed=seed, per_task=per_task)
+    result = replay(env, dataset, fitted, episodes=episodes, workers=workers)
+    result["provenance"] = provenance(seed)
+    write_results(result, Path(out_dir) / "replay.json")
+    return result
+
+
+def held_out_episodes(dataset: EpisodeDataset, *, seed: int, per_task: int) -> list[int]:
+    """The test split's episodes, at most `per_task` of each task."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for index in split_dataset(dataset, fractions=FRACTIONS, seed=seed).test.tolist():
+        task = dataset.tasks[index] if dataset.tasks is not None else ""
+        if taken[task] < per_task:
+            taken[task] += 1
+            chosen.append(index)
+    return chosen
+
+
+def replay_text(result: Mapping[str, Any]) -> str:
+    """Success rates, and each tokenizer against the exact demonstrations on the same episodes."""
+    lines = [f"Replay in {result['env']}, {len(result['episodes'])} demonstrations", ""]
+    lines += [*render_columns(replay_columns(result)), ""]
+    for pair in result["paired"]:
+        if EXACT in (pair["a"], pair["b"]):
+            name, sign = (pair["b"], -1) if pair["a"] == EXACT else (pair["a"], 1)
+            low, high = sorted(sign * bound for bound in pair["ci95"])
+            lines.append(
+                f"{name} against {EXACT}: {percent(sign * pair['difference'])} ({percent(low)} to {percent(high)}),"
+                f" p = {pair['p_value']:.2g}"
+            )
+    return "\n".join(lines)
+
+
+def _warn_of_other_split(label: str, tokenizer: ActionTokenizer, dataset: EpisodeDataset, seed: int) -> None:
+    for facts in tokenizer.meta.get("data", []):
+        split = facts.get("split")
+        if facts.get("name") == dataset.name and split != {"seed": seed, "fractions": list(FRACTIONS)}:
+            warnings.warn(
+                f"{label} was fitted on {dataset.name} with the split {split}, so it may have seen episodes replayed here;"
+                " fit it with the same seed",
+                stacklevel=3,
+            )
