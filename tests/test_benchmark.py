@@ -33,6 +33,13 @@ SPACE = ActionSpace(
 SMALL = {"max_chunks": 61, "max_fit_chunks": 203, "progress": False}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_latency():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("actok.benchmark.measure.LATENCY_SECONDS", 0.02)
+        yield
+
+
 @pytest.fixture(scope="module")
 def episodes() -> list[np.ndarray]:
     rng = np.random.default_rng(0)

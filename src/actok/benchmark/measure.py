@@ -23,6 +23,8 @@ NGRAM_ORDERS = (1, 2, 3)
 # Chunks for the tests that decode many damaged sequences or search edit distances.
 ROBUSTNESS_CHUNKS = 256
 EXAMPLES = 3
+# Time spent on throughput and latency of one tokenizer.
+LATENCY_SECONDS = 1.6
 
 __all__ = ["HeldOut", "embodiment_for", "measure"]
 
@@ -147,5 +149,5 @@ def _behaviour(tokenizer: ActionTokenizer, data: HeldOut, embodiment: str, seed:
         "noise": noise_stability(tokenizer, actions, data.normaliser, context, seed=seed),
         "wrong_token": wrong_token(tokenizer, tokens, clean, context, seed=seed),
         "valid": valid_share(tokenizer, tokens, context, seed=seed),
-        "latency": measure_latency(tokenizer, actions, context),
+        "latency": measure_latency(tokenizer, actions, context, budget_s=LATENCY_SECONDS),
     }
