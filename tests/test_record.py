@@ -1,12 +1,14 @@
 """Recording: what is kept, what is dropped, and that nothing but the seed decides it."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from actok.core import ActokError
 from actok.data import Episode, open_dataset
+from actok.envs import Observation
 from actok.evaluation.record import SETTLE_STEPS, collect, demonstrate, record_lerobot
 from pointmass import SPACE, PointMass, Straight
 
@@ -62,6 +64,11 @@ def test_episodes_are_a_function_of_seed_task_and_attempt() -> None:
     for other in ({"seed": 2}, {"attempt": 3}, {"noise": 0.0}):
         changed = demonstrate(env, "far", **({"seed": 1, "attempt": 2, "noise": 0.1, "max_steps": 61} | other))
         assert not np.array_equal(first.actions[:5], changed.actions[:5])
+
+
+def test_tasks_begin_at_start_states_of_their_own() -> None:
+    near, far = (demonstrate(PointMass(), task, seed=1, attempt=2, max_steps=61) for task in ("near", "far"))
+    assert not np.array_equal(near.start_state["position"], far.start_state["position"])
 
 
 def test_noise_is_recorded_as_executed_and_stays_within_the_limits() -> None:
@@ -120,6 +127,18 @@ def test_leaving_early_ends_the_processes_and_a_second_pass_is_refused() -> None
     iterator.close()
     with pytest.raises(ActokError, match="iterated over before"):
         list(collection)
+
+
+class Dying(PointMass):
+    """A simulator that takes its process down."""
+
+    def step(self, action: np.ndarray) -> Observation:
+        os._exit(3)
+
+
+def test_a_dead_process_is_explained() -> None:
+    with pytest.raises(ActokError, match=r"process died.*workers=1"):
+        list(collect(Dying(), ["near"], 3, workers=2))
 
 
 @pytest.mark.parametrize(

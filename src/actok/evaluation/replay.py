@@ -33,7 +33,7 @@ CONFIDENCE = 0.95
 # Chunks encoded at a time: bounds the memory of a neural tokenizer.
 CHUNKS_AT_A_TIME = 1024
 
-__all__ = ["EXACT", "decode_episodes", "replay"]
+__all__ = ["EXACT", "DecodedEpisodes", "decode_episodes", "replay"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,8 +54,14 @@ class _Outcome:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Decoded:
-    """Decoded demonstrations: float32 [T, D] each, None where a chunk did not decode."""
+class DecodedEpisodes:
+    """Demonstrations after encoding and decoding.
+
+    Attributes:
+        actions: float32 [T, D] of each episode, None where one of its chunks did not decode.
+        horizon: T of the chunks.
+        seconds: for encoding and decoding all of them.
+    """
 
     actions: list[np.ndarray | None]
     horizon: int
@@ -184,7 +190,7 @@ def decode_episodes(
     space: ActionSpace,
     embodiment: str,
     horizon: int | None = None,
-) -> _Decoded:
+) -> DecodedEpisodes:
     """Each episode's actions, encoded and decoded in consecutive chunks of the horizon (None: the tokenizer's)."""
     known = tokenizer.spaces.get(embodiment)
     if known is None:
@@ -221,7 +227,7 @@ def decode_episodes(
         actions[part], valid[part] = result.actions, result.valid
     seconds = time.perf_counter() - begin
     bounds = np.cumsum([0, *counts])
-    return _Decoded(
+    return DecodedEpisodes(
         actions=[
             actions[a:b].reshape(-1, space.dim)[: len(e)] if valid[a:b].all() else None
             for a, b, e in zip(bounds[:-1], bounds[1:], episodes, strict=True)
@@ -297,6 +303,7 @@ def _simulate(env: Env, job: _Run) -> _Outcome:
     """Execute each variant of each episode until its first success or its end."""
     outcomes: list[dict[str, bool]] = []
     seconds: dict[str, float] = {}
+    env.restore(job.task, job.start_states[0])  # builds the task's simulator, which is no variant's time
     for start_state, variants in zip(job.start_states, job.actions, strict=True):
         outcomes.append({})
         for name, actions in variants.items():
