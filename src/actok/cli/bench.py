@@ -12,7 +12,7 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> int:
     """Benchmark, print the table, name the files."""
-    from actok.benchmark import render_table, run_benchmark
+    from actok.benchmark import run_benchmark, text_table
     from actok.core import ConfigError
 
     replay = None
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         replay=replay,
         fresh=args.fresh,
     )
-    print(render_table(results))
+    print(text_table(results))
     print(f"written to {args.out}: results.json, table.md, report.html")
     failed = [r for r in results["results"] if r.get("error")]
     for row in failed:

@@ -15,7 +15,7 @@ EPISODES = 20
 
 def run(args: argparse.Namespace) -> int:
     """Collect (or take the user's data), fit, compare, replay, report."""
-    from actok.benchmark import render_table, run_benchmark
+    from actok.benchmark import run_benchmark, text_table
     from actok.cli.inspect import _spaces
     from actok.cli.simulate import collect_into
     from actok.data import open_dataset
@@ -35,6 +35,6 @@ def run(args: argparse.Namespace) -> int:
     _spaces([(dataset.space, dataset.space_origin)])
     print()
     results = run_benchmark([data], TOKENIZERS, out, spaces=args.space, seed=args.seed, sweep=True, replay=replay)
-    print(render_table(results))
+    print(text_table(results))
     print(f"\n{time.perf_counter() - begin:.0f} s in all. Open {out / 'report.html'}")
     return 3 if any(r.get("error") for r in results["results"]) else 0

@@ -44,7 +44,7 @@ def collect_into(
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from actok.benchmark import render_replay, replay_held_out
+    from actok.benchmark import replay_held_out, replay_text
 
     data = args.data
     if data is None:
@@ -63,6 +63,6 @@ def _replay(args: argparse.Namespace) -> int:
         seed=args.seed,
         workers=args.workers,
     )
-    print(render_replay(result))
+    print(replay_text(result))
     print(f"written to {Path(args.out) / 'replay.json'}")
     return 0
