@@ -162,9 +162,8 @@ class _Part:
         stated = self._arrays.get("episode_length")
         index = self._arrays.get("episode_index")
         if action.ndim == 3:
-            lengths = np.full(len(action), action.shape[1], np.int64)
             if stated is None:
-                return lengths
+                return np.full(len(action), action.shape[1], np.int64)
             raise DataError(
                 f"{self.title}: actions of shape {action.shape} are already cut into episodes, and episode_length is"
                 " given too; concatenate the episodes along time"
@@ -173,7 +172,7 @@ class _Part:
             raise DataError(f"{self.title}: actions have shape {action.shape}; give [steps, dimensions]")
         if stated is None and index is None:
             raise DataError(f"{self.title} has neither episode_length nor episode_index; store one of them")
-        lengths = None if stated is None else np.atleast_1d(to_numpy(stated))
+        lengths: np.ndarray | None = None if stated is None else np.atleast_1d(to_numpy(stated))
         if lengths is not None and (lengths.dtype.kind not in "iu" or lengths.ndim != 1):
             raise DataError(f"{self.title}: episode_length has dtype {lengths.dtype}; give whole numbers [episodes]")
         if index is not None:
@@ -319,7 +318,7 @@ def from_arrays(source: Any, *, space: str | Path | ActionSpace | None = None, n
     """A dict of arrays (the module's keys), a list of episodes [T, D], or one array [E, T, D] or [T, D]."""
     title = "the arrays"
     if isinstance(source, Mapping):
-        arrays = {_ALIASES.get(key, key): value for key, value in source.items()}
+        arrays: dict[str, Any] = {_ALIASES.get(key, key): value for key, value in source.items()}
         return ArrayDataset([_Part(arrays, title)], name=name or "arrays", space=space)
     if isinstance(source, (list, tuple)):
         episodes = [to_numpy(episode) for episode in source]
