@@ -7,7 +7,6 @@ import warnings
 
 import numpy as np
 import pytest
-from realdata import REAL, needs_real
 
 import actok.benchmark.suite as suite
 from actok.benchmark import read_results, run_benchmark, text_table
@@ -17,6 +16,8 @@ from actok.benchmark.table import WIDTH, number
 from actok.core import ActionGroup, ActionSpace, ConfigError, DataError, FitPart
 from actok.evaluation.metrics import TOLERANCES
 from actok.training import fit_parts
+from actok.training.fit import FRACTIONS
+from realdata import REAL, needs_real
 
 D, E = 5, 11
 
@@ -34,9 +35,11 @@ SMALL = {"max_chunks": 61, "max_fit_chunks": 203, "progress": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_latency():
+def quick():
+    """Little time on latency, and no page (test_report.py has it)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("actok.benchmark.measure.LATENCY_SECONDS", 0.02)
+        patch.setattr("actok.benchmark.suite.write_report", lambda results, path: path)
         yield
 
 
@@ -127,7 +130,14 @@ def test_table_is_readable(run):
 
 
 def test_number():
-    assert [number(v) for v in (None, 0, 0.0012345, 12.345, 1234.5, 1e-5)] == ["-", "0", "0.00123", "12.3", "1230", "1.00e-05"]
+    assert [number(v) for v in (None, 0, 0.0012345, 12.345, 1234.5, 1e-5)] == [
+        "-",
+        "0",
+        "0.00123",
+        "12.3",
+        "1230",
+        "1.00e-05",
+    ]
 
 
 def test_finished_units_are_reused_until_data_or_settings_change(episodes, tmp_path, monkeypatch):
@@ -206,9 +216,10 @@ def test_saved_and_fitted_tokenizers_are_judged_too(episodes, tmp_path):
 def test_a_tokenizer_that_may_have_seen_the_answers_is_noted(episodes, tmp_path):
     train = np.concatenate([e[:26].reshape(2, 13, D) for e in episodes])
     tokenizer = fit_parts("bins", [FitPart(actions=train, space=SPACE)])
-    for seed, noted in ((3, True), (0, False)):
-        known = tokenizer.with_meta({"data": [{"name": "arrays"}], "split": {"seed": seed}})
-        results = run_benchmark([episodes], [known], tmp_path / str(seed), spaces=SPACE, **SMALL)
+    same = {"seed": 0, "fractions": list(FRACTIONS)}
+    for case, (split, noted) in enumerate((({**same, "seed": 3}, True), (None, True), (same, False))):
+        known = tokenizer.with_meta({"data": [{"name": "arrays", "split": split}]})
+        results = run_benchmark([episodes], [known], tmp_path / str(case), spaces=SPACE, **SMALL)
         assert any("may have seen test episodes" in w for w in results["results"][0]["warnings"]) is noted
 
 
@@ -220,13 +231,15 @@ def test_several_datasets_keep_apart(episodes, tmp_path):
 
 
 def test_no_test_chunk_overlaps_the_training_episodes(episodes):
-    numbered = [np.full_like(e, i) + np.linspace(0, 0.5, len(e), dtype=np.float32)[:, None] for i, e in enumerate(episodes)]
+    numbered = [
+        np.full_like(e, i) + np.linspace(0, 0.5, len(e), dtype=np.float32)[:, None] for i, e in enumerate(episodes)
+    ]
     (one,) = prepare(
         [numbered], ActionSpace.raw(D), horizon=7, seed=0, tolerances=TOLERANCES, max_chunks=10**6, max_fit_chunks=10**6
     )
     train = set(np.floor(one.held_out.train.actions).astype(int).ravel())
     test = set(np.floor(one.held_out.test).astype(int).ravel())
-    assert test == set(one.test_episodes.tolist())
+    assert test == set(one.test_episodes)
     assert not train & test
 
 

@@ -99,7 +99,7 @@ def test_entropy_is_at_most_that_of_uniform_codes(size, drawn, seed):
 def test_thresholds_of_frequency():
     counts = {0: 9700, 1: 250, 2: 40, 3: 10}
     rows = [[c] * n for c, n in counts.items()]
-    (found,) = code_use(sequences([sum(rows, [])], vocab=6))
+    (found,) = code_use(sequences([np.concatenate(rows)], vocab=6))
     assert (found.above_1e3, found.above_2e2) == (3, 2)  # 1e-3 itself is not above
 
 
@@ -181,8 +181,8 @@ def test_bad_input_is_named():
     codes = sequences([[0, 1]], vocab=3)
     with pytest.raises(DataError, match="order is 0"):
         ngram_fit(codes, codes, 0)
+    huge = sequences([[0, 1]], vocab=2**22)
     with pytest.raises(DataError, match="does not fit in 64-bit"):
-        huge = sequences([[0, 1]], vocab=2**22)
         ngram_fit(huge, huge, 3)
     zeros = np.zeros(1, int)
     tokens = Tokens(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 # Loaded on first use, so that `actok --help` stays free of NumPy.
 _LAZY = {
     "read_results": "actok.benchmark.results",
+    "replay_held_out": "actok.benchmark.replays",
+    "replay_text": "actok.benchmark.replays",
     "run_benchmark": "actok.benchmark.suite",
     "text_table": "actok.benchmark.table",
     "write_outputs": "actok.benchmark.suite",
@@ -14,12 +16,21 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
+    from actok.benchmark.replays import replay_held_out, replay_text
     from actok.benchmark.report import write_report
     from actok.benchmark.results import read_results
     from actok.benchmark.suite import run_benchmark, write_outputs
     from actok.benchmark.table import text_table
 
-__all__ = ["read_results", "run_benchmark", "text_table", "write_outputs", "write_report"]
+__all__ = [
+    "read_results",
+    "replay_held_out",
+    "replay_text",
+    "run_benchmark",
+    "text_table",
+    "write_outputs",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,10 @@ def vrr_figures(results: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
             for style, name in _styles(units):
                 vrr = next(u for u in units if u["tokenizer"] == name)["metrics"]["vrr"]
                 axes.plot(
-                    np.array(vrr["tolerances"]) * factor, 100 * np.array(vrr[key]), **{**style, "markersize": 4}, label=name
+                    np.array(vrr["tolerances"]) * factor,
+                    100 * np.array(vrr[key]),
+                    **{**style, "markersize": 4},
+                    label=name,
                 )
             axes.set(xscale="log", xlabel=label, ylabel="valid steps, %", ylim=(-3, 103))
             _plain_ticks(axes)
@@ -171,7 +174,7 @@ def reconstruction_figure(dataset: Mapping[str, Any], unit: Mapping[str, Any]) -
 
 def replay_figure(replay: Mapping[str, Any]) -> str:
     """Success of replayed demonstrations against reconstruction error, with 95 % intervals."""
-    entries = {n: t for n, t in replay["tokenizers"].items() if n != "exact"}
+    entries = {n: t for n, t in replay["tokenizers"].items() if n != "exact" and t["normalised_l1"]}
     with _figure((5.2, 3.6)) as (axes, out):
         exact = replay["tokenizers"].get("exact")
         if exact is not None:
@@ -213,7 +216,7 @@ def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> Itera
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("matplotlib", "report", "the HTML report") from None
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "actok",
         "font.family": "sans-serif",

@@ -12,10 +12,7 @@ import numpy as np
 
 from actok.benchmark.measure import HeldOut
 from actok.core import ActionSpace, DataError, FitPart
-from actok.data.chunks import Chunks, FrameCache
-from actok.data.episodes import EpisodeDataset
-from actok.data.open import open_dataset
-from actok.data.splits import split_episodes
+from actok.data import Chunks, EpisodeDataset, FrameCache, open_dataset, split_dataset
 from actok.signal.normalise import Normaliser
 from actok.training.fit import FRACTIONS
 
@@ -45,10 +42,10 @@ class Prepared:
         self.dataset: EpisodeDataset = open_dataset(source, space=space, name=name)
         dataset = self.dataset
         cache = FrameCache.build(dataset)
-        split = split_episodes(len(dataset), fractions=FRACTIONS, seed=seed)
+        split = split_dataset(dataset, fractions=FRACTIONS, seed=seed)
         if not len(split.test):
             raise DataError(f"{dataset.name} has {len(dataset)} episodes, too few to hold one out; give at least two")
-        self.test_episodes = split.test
+        self.test_episodes: list[int] = split.test.tolist()
         steps = horizon or dataset.space.default_horizon
         statistics = cache.statistics(split.train)
         train_pool, test_pool = Chunks(cache, steps, split.train), Chunks(cache, steps, split.test)

@@ -119,10 +119,11 @@ def _dataset(results: Mapping[str, Any], dataset: Mapping[str, Any]) -> str:
 
 def _replay(replay: Mapping[str, Any]) -> str:
     tasks = len({e["task"] for e in replay["episodes"]})
+    horizon = "" if replay["horizon"] is None else f" of {replay['horizon']} steps"
     lines = [
         "<h2>Replay in simulation</h2>",
         f"<p>{len(replay['episodes'])} demonstrations of {tasks} tasks in {escape(str(replay['env']))}, encoded and"
-        f" decoded in chunks of {replay['horizon']} steps and executed open loop from their start state. The line and"
+        f" decoded in chunks{horizon} and executed open loop from their start state. The line and"
         " band are the demonstrations themselves.</p>",
         _table(replay_columns(replay)),
         _plots([("Success against error, 95 % intervals", plots.replay_figure(replay))]),
@@ -166,7 +167,8 @@ def _group_columns(units: Sequence[Mapping[str, Any]]) -> list[Column]:
                     title=f"{group['group']}, {unit}" + (" (path)" if key == "path" else ""),
                     meaning=f"{group['measure']}: mean / p95 / max",
                     cells=tuple(
-                        "-" if s is None else " / ".join(number(s[k]) for k in ("mean", "p95", "maximum")) for s in spreads
+                        "-" if s is None else " / ".join(number(s[k]) for k in ("mean", "p95", "maximum"))
+                        for s in spreads
                     ),
                 )
             )

@@ -78,7 +78,7 @@ def provenance(seed: int) -> dict[str, Any]:
     """Under which conditions the figures came about: versions, machine, threads, commit, command, time."""
     from actok import __version__
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -20,9 +20,12 @@ from actok.core import ActionTokenizer, ActokError, ConfigError, MissingExtraErr
 from actok.core.files import write_bytes
 from actok.evaluation.metrics import TOLERANCES
 from actok.training import fit_parts, load
+from actok.training.fit import FRACTIONS
 
 # What a point of a rate-distortion curve is fitted and judged on, at most.
 SWEEP_CHUNKS, SWEEP_FIT_CHUNKS = 500, 4000
+# Held-out demonstrations of each task that are replayed where an environment is named.
+REPLAYS_PER_TASK = 5
 
 __all__ = ["Candidate", "run_benchmark", "write_outputs"]
 
@@ -243,14 +246,14 @@ def _fit_and_measure(dataset: Prepared, candidate: Candidate, seed: int) -> dict
 
 def _warn_of_leak(meta: Mapping[str, Any], dataset: Prepared, seed: int) -> None:
     """Warn where a saved tokenizer was fitted on this dataset under another split, so that it may know the answers."""
-    names = [d.get("name") for d in meta.get("data") or [] if isinstance(d, Mapping)]
-    fitted_seed = (meta.get("split") or {}).get("seed")
-    if dataset.held_out.name in names and fitted_seed != seed:
-        warnings.warn(
-            f"was fitted on {dataset.held_out.name} with split seed {fitted_seed} and is judged with seed {seed}, so it may"
-            " have seen test episodes; use the same seed",
-            stacklevel=2,
-        )
+    for facts in meta.get("data", []):
+        split = facts.get("split")
+        if facts.get("name") == dataset.held_out.name and split != {"seed": seed, "fractions": list(FRACTIONS)}:
+            warnings.warn(
+                f"was fitted on {dataset.held_out.name} with the split {split or 'all episodes'} and is judged with seed"
+                f" {seed}, so it may have seen test episodes; use the same seed",
+                stacklevel=2,
+            )
 
 
 def _fitted(dataset: Prepared, candidate: Candidate) -> ActionTokenizer:
@@ -271,6 +274,7 @@ def _replay(
     """Replay results as given, or made now in the named environment with freshly fitted tokenizers."""
     if not isinstance(given, str):
         return given
+    from actok.benchmark.replays import held_out_episodes
     from actok.envs import make_env
     from actok.evaluation.replay import replay
 
@@ -279,10 +283,11 @@ def _replay(
     if dataset is None:
         found = "; ".join(f"{p.held_out.name}: {p.held_out.space.differences(env.space)[0]}" for p in prepared)
         raise ConfigError(f"no dataset is in the action space of {given!r} ({found}); give one that is")
+    episodes = held_out_episodes(dataset.dataset, seed=seed, per_task=REPLAYS_PER_TASK)
     key = store.key(
         replay=given,
         dataset=dataset.key,
-        episodes=dataset.test_episodes.tolist(),
+        episodes=episodes,
         tokenizers=[[c.label, c.source, c.settings, c.loaded.weights_hash if c.loaded else None] for c in candidates],
         seed=seed,
     )
@@ -298,7 +303,7 @@ def _replay(
         env,
         dataset.dataset,
         fitted,
-        episodes=dataset.test_episodes.tolist(),
+        episodes=episodes,
         horizon=dataset.horizon,
         progress=progress,
     )

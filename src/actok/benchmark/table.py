@@ -15,6 +15,8 @@ __all__ = [
     "dataset_units",
     "error_columns",
     "number",
+    "percent",
+    "render_columns",
     "replay_columns",
     "shown_error",
     "text_table",
@@ -101,7 +103,11 @@ def behaviour_columns(units: Sequence[Mapping[str, Any]]) -> list[Column]:
         column("H/Hmax", "normalised entropy of the codes", lambda m: number(_mean(m["codes"], "entropy"))),
         column("ppl3", "3-gram perplexity of held-out codes", lambda m: number(m["ngram"][-1]["perplexity"])),
         column("bits3", "3-gram bits per chunk", lambda m: number(m["ngram"][-1]["bits_per_chunk"])),
-        column("noise", "token error rate at the largest input noise", lambda m: percent(m["noise"]["token_error_rate"][-1])),
+        column(
+            "noise",
+            "token error rate at the largest input noise",
+            lambda m: percent(m["noise"]["token_error_rate"][-1]),
+        ),
         column("1 wrong", "change of the chunk by one wrong token, l1", lambda m: number(m["wrong_token"]["l1"])),
         column("breaks", "one wrong token makes it undecodable", lambda m: percent(m["wrong_token"]["undecodable"])),
         column("random", "random sequences that decode", lambda m: percent(m["valid"]["random"])),
@@ -128,8 +134,10 @@ def replay_columns(replay: Mapping[str, Any]) -> list[Column]:
             meaning="confidence interval",
             cells=tuple(f"{percent(t['ci95'][0])} to {percent(t['ci95'][1])}" for t in each),
         ),
-        Column(title="l1", meaning="mean error, normalised units", cells=tuple(number(t["normalised_l1"]) for t in each)),
-        Column(title="invalid", meaning="chunks that did not decode", cells=tuple(str(t["invalid"]) for t in each)),
+        Column(
+            title="l1", meaning="mean error, normalised units", cells=tuple(number(t["normalised_l1"]) for t in each)
+        ),
+        Column(title="invalid", meaning="demonstrations with a chunk that did not decode", cells=tuple(str(t["invalid"]) for t in each)),
     ]
 
 
@@ -144,7 +152,7 @@ def text_table(results: Mapping[str, Any], *, markdown: bool = False) -> str:
         lines.append("")
         if good:
             for columns in (error_columns(good), behaviour_columns(good)):
-                lines += _render(columns, markdown)
+                lines += render_columns(columns, markdown)
                 if not markdown:
                     lines += _wrap("; ".join(f"{c.title}: {c.meaning}" for c in columns if c.meaning))
                 lines.append("")
@@ -156,9 +164,11 @@ def text_table(results: Mapping[str, Any], *, markdown: bool = False) -> str:
     if results.get("replay"):
         replay = results["replay"]
         title = f"Replay in {replay['env']}, {len(replay['episodes'])} demonstrations"
-        lines += [f"### {title}" if markdown else title, "", *_render(replay_columns(replay), markdown), ""]
+        lines += [f"### {title}" if markdown else title, "", *render_columns(replay_columns(replay), markdown), ""]
     p = results["provenance"]
-    lines += _wrap(f"actok {p['actok']}, commit {p['commit'] or 'unknown'}, {p['cpu']}, {p['created']}, seed {p['seed']}")
+    lines += _wrap(
+        f"actok {p['actok']}, commit {p['commit'] or 'unknown'}, {p['cpu']}, {p['created']}, seed {p['seed']}"
+    )
     return "\n".join(lines).rstrip()
 
 
@@ -176,10 +186,10 @@ def describe(dataset: Mapping[str, Any]) -> str:
     )
 
 
-def _render(columns: Sequence[Column], markdown: bool) -> list[str]:
+def render_columns(columns: Sequence[Column], markdown: bool = False) -> list[str]:
+    """Lines of one table, aligned; the first column left, figures right."""
     widths = [max(len(c.title), *(len(cell) for cell in c.cells)) for c in columns]
     rows = [[c.title for c in columns], *zip(*(c.cells for c in columns), strict=True)]
-    # The first column is text and stands left, figures stand right.
     padded = [
         [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         for row in rows
@@ -214,9 +224,7 @@ def _mean(tables: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 def _error_kinds(units: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(kind of group, unit) of the physical columns, in the space's order."""
-    return list(
-        dict.fromkeys((g["kind"], shown_error(g)[1]) for u in units for g in u["metrics"]["physical"])
-    )[:3]
+    return list(dict.fromkeys((g["kind"], shown_error(g)[1]) for u in units for g in u["metrics"]["physical"]))[:3]
 
 
 def _worst_group(metrics: Mapping[str, Any], kind: str, unit: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -140,7 +140,7 @@ def code_use(codes: CodeSequences) -> tuple[CodeUse, ...]:
         frequency = counts / max(drawn, 1)
         seen = np.sort(frequency[frequency > 0])[::-1]
         entropy = float(-(seen * np.log2(seen)).sum() / np.log2(size)) if size > 1 and drawn else 0.0
-        ranks = np.unique(np.geomspace(1, len(seen), min(len(seen), 256)).round().astype(int)) if drawn else []
+        ranks: Any = np.unique(np.geomspace(1, len(seen), min(len(seen), 256)).round().astype(int)) if drawn else []
         found.append(
             CodeUse(
                 table=table,
@@ -190,7 +190,9 @@ def ngram_fit(train: CodeSequences, test: CodeSequences, order: int) -> NgramFit
     start = {t: int(b) for t, b in zip(sorted(test.sizes), base, strict=False)}
     alphabet = int(base[-1]) + 1  # all tables, an end symbol each, and the start symbol
     if not len(train.flat) or not len(test):
-        raise DataError(f"{len(train.flat)} training codes and {len(test)} sequences to judge; give at least one of each")
+        raise DataError(
+            f"{len(train.flat)} training codes and {len(test)} sequences to judge; give at least one of each"
+        )
     if alphabet**order >= 2**62:
         raise DataError(f"order {order} over {alphabet} symbols does not fit in 64-bit keys; use a lower order")
     grams, _ = _grams(train, order, start, alphabet)

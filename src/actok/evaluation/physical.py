@@ -210,4 +210,5 @@ def _worst(c: Comparison, groups: Sequence[ActionGroup], unit: str) -> np.ndarra
         error = error.max(2) if error.ndim == 3 else error
         present = c.present[:, list(group.dims)].all(1)
         worst = np.where(present[:, None], np.maximum(worst, error), worst)
-    return np.where(c.decoded[:, None] | np.isneginf(worst), worst, np.nan)
+    unknown = ~c.decoded[:, None] & ~np.isneginf(worst)
+    return np.where(unknown, np.nan, worst)
