@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Self
 import numba
 import numpy as np
 
+from actok.core import ArtifactError
+
 if TYPE_CHECKING:
     from actok.signal.bpe import Bpe
 
 LARGEST_VOCABULARY = 8192  # 64 MB of pairs
-ATOM_BITS = 17  # atoms are below 2 ** 16; keys of trie edges are node << ATOM_BITS | atom
+# A trie edge is one int64: node << 16 | atom, then the node it leads to. Atoms are code points below U+D800, or bytes.
+ATOM_BITS, NODE_BITS = 16, 23
 OTHER, LETTER, NUMBER, SPACE = 0, 1, 2, 3
 
 __all__ = ["Matcher"]
@@ -31,13 +34,19 @@ compiled = numba.njit(cache=True, nogil=True)
 
 
 @compiled
+def _hash(key: int | np.int64) -> int:
+    """Fibonacci hashing: the middle bits of key x 2^64 / golden ratio."""
+    return np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(36))  # type: ignore[return-value]
+
+
+@compiled
 def _slot(key: int | np.int64, keys: np.ndarray) -> int:
     """Where `key` stands in an open-addressed table of 2 ** k keys, or the free slot (-1) where it would."""
     mask = len(keys) - 1
-    slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(36)) & mask  # Fibonacci hashing
+    slot = _hash(key) & mask
     while keys[slot] != -1 and keys[slot] != key:
         slot = (slot + 1) & mask
-    return int(slot)
+    return slot
 
 
 @compiled
@@ -102,14 +111,20 @@ def _pair_tables(
 def _build_trie(
     atoms: np.ndarray, starts: np.ndarray, alive: np.ndarray, size: int, first: int, span: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(root node by atom - first, edge keys, edge targets, token at node or -1, longest proper prefix token or -1)."""
+    """The tokens as a trie.
+
+    Returns the node of each single atom [span] (atom - first; -1: none), edge keys and targets (open-addressed), the
+    longest token that is a prefix of each node, and the longest token that is a proper prefix of each token (-1: none).
+    """
     vocab = len(starts) - 1
     root = np.full(span, -1, np.int32)
     keys = np.full(size, -1, np.int64)
     targets = np.full(size, -1, np.int32)
-    token_at = np.full(size, -1, np.int32)
+    best_at = np.full(size, -1, np.int32)
+    shorter = np.full(vocab, -1, np.int32)
     nodes = 0
-    for token in range(vocab):
+    # Shorter tokens first: then a node that is new inherits the longest token before it, for good.
+    for token in np.argsort(starts[1:] - starts[:-1], kind="mergesort"):
         if not alive[token]:
             continue
         start, end = starts[token], starts[token + 1]
@@ -123,35 +138,78 @@ def _build_trie(
             if keys[slot] < 0:
                 keys[slot] = key
                 targets[slot] = nodes
+                best_at[nodes] = best_at[node]
                 nodes += 1
             node = targets[slot]
-        token_at[node] = token
-    shorter = np.full(vocab, -1, np.int32)
-    for token in range(vocab):
-        if not alive[token]:
-            continue
-        node = root[atoms[starts[token]] - first]
-        for i in range(starts[token] + 1, starts[token + 1]):
-            if token_at[node] >= 0:
-                shorter[token] = token_at[node]
-            node = targets[_slot(np.int64(node) << ATOM_BITS | np.int64(atoms[i]), keys)]
-    return root, keys, targets, token_at[:nodes].copy(), shorter
+        shorter[token] = best_at[node]
+        best_at[node] = token
+    return root, keys, targets, best_at[:nodes].copy(), shorter
 
 
 @compiled
-def _shrink(keys: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same table with a quarter of its slots taken: tokens share prefixes, so the first size was generous."""
-    edges = (keys >= 0).sum()
+def _number_nodes(sources: np.ndarray, targets: np.ndarray, nodes: int) -> np.ndarray:
+    """New node numbers in which the child with most descendants follows its parent directly.
+
+    Edges are sorted by source, and children have larger numbers than their parents.
+    """
+    size, parent = np.ones(nodes, np.int64), np.full(nodes, -1, np.int64)
+    for e in range(len(sources)):
+        parent[targets[e]] = sources[e]
+    for node in range(nodes - 1, -1, -1):
+        if parent[node] >= 0:
+            size[parent[node]] += size[node]
+    begin = np.searchsorted(sources, np.arange(nodes + 1))
+    number = np.full(nodes, -1, np.int64)
+    stack = np.empty(nodes + 1, np.int64)
+    count = 0
+    for top in range(nodes):
+        if parent[top] >= 0:
+            continue
+        stack[0], depth = top, 1
+        while depth > 0:
+            depth -= 1
+            node = stack[depth]
+            number[node] = count
+            count += 1
+            largest = -1
+            for e in range(begin[node], begin[node + 1]):
+                stack[depth] = targets[e]
+                if largest < 0 or size[targets[e]] > size[stack[largest]]:
+                    largest = depth
+                depth += 1
+            if largest >= 0:  # on top of the stack, so that it comes next
+                stack[largest], stack[depth - 1] = stack[depth - 1], stack[largest]
+    return number
+
+
+@compiled
+def _pack(keys: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Edges in one array of half-filled slots, key << NODE_BITS | target, so that a step is one access; free: -1."""
     size = 4
-    while size < 4 * edges:
+    while size < 2 * len(keys):
         size *= 2
-    small_keys, small_targets = np.full(size, -1, np.int64), np.full(size, -1, np.int32)
+    edges = np.full(size, -1, np.int64)
     for i in range(len(keys)):
-        if keys[i] >= 0:
-            slot = _slot(keys[i], small_keys)
-            small_keys[slot] = keys[i]
-            small_targets[slot] = targets[i]
-    return small_keys, small_targets
+        slot = _hash(keys[i]) & (size - 1)
+        while edges[slot] >= 0:
+            slot = (slot + 1) & (size - 1)
+        edges[slot] = keys[i] << NODE_BITS | targets[i]
+    return edges
+
+
+@compiled
+def _child(node: int, atom: int, edges: np.ndarray) -> int:
+    """The node reached from `node` by `atom`, or -1."""
+    key = np.int64(node) << ATOM_BITS | np.int64(atom)
+    mask = len(edges) - 1
+    slot = _hash(key) & mask
+    while True:
+        edge = edges[slot]
+        if edge < 0:
+            return -1
+        if edge >> NODE_BITS == key:
+            return edge & ((1 << NODE_BITS) - 1)
+        slot = (slot + 1) & mask
 
 
 @compiled
@@ -208,23 +266,21 @@ def _longest(
     end: int,
     first: int,
     root: np.ndarray,
-    keys: np.ndarray,
-    targets: np.ndarray,
-    token_at: np.ndarray,
+    edges: np.ndarray,
+    heavy: np.ndarray,
+    best_at: np.ndarray,
 ) -> int:
     """The longest token at `position` of text[:end]."""
     node = root[text[position] - first]
-    best = token_at[node]
-    position += 1
-    while position < end:
-        slot = _slot(np.int64(node) << ATOM_BITS | np.int64(text[position]), keys)
-        if keys[slot] < 0:
+    for i in range(position + 1, end):
+        if heavy[node + 1] == text[i]:  # the usual way, without waiting for memory
+            node += 1
+            continue
+        child = _child(node, text[i], edges)
+        if child < 0:
             break
-        node = targets[slot]
-        if token_at[node] >= 0:
-            best = token_at[node]
-        position += 1
-    return best
+        node = child
+    return best_at[node]
 
 
 @compiled
@@ -233,9 +289,9 @@ def _match(
     end: int,
     first: int,
     root: np.ndarray,
-    keys: np.ndarray,
-    targets: np.ndarray,
-    token_at: np.ndarray,
+    edges: np.ndarray,
+    heavy: np.ndarray,
+    best_at: np.ndarray,
     shorter: np.ndarray,
     lengths: np.ndarray,
     pairs: np.ndarray,
@@ -254,7 +310,7 @@ def _match(
         run -= 1
         phase = phase - 1 if phase > 0 else u - 1
     count, position, cleared = begin, 0, False
-    token = _longest(text, 0, end, first, root, keys, targets, token_at)
+    token = _longest(text, 0, end, first, root, edges, heavy, best_at)
     while True:
         if position >= run and count > begin:  # only the run is left: its tables know the rest, or that there is none
             missing = end - position
@@ -290,7 +346,7 @@ def _match(
             if position == end:
                 break
             if position < run:
-                token = _longest(text, position, end, first, root, keys, targets, token_at)
+                token = _longest(text, position, end, first, root, edges, heavy, best_at)
             continue
         token = shorter[token]
         while token < 0:  # nothing fits here: the token before was too long
@@ -309,9 +365,9 @@ def _encode_characters(
     points: np.ndarray,
     first: int,
     root: np.ndarray,
-    keys: np.ndarray,
-    targets: np.ndarray,
-    token_at: np.ndarray,
+    edges: np.ndarray,
+    heavy: np.ndarray,
+    best_at: np.ndarray,
     shorter: np.ndarray,
     lengths: np.ndarray,
     pairs: np.ndarray,
@@ -331,9 +387,9 @@ def _encode_characters(
             n,
             first,
             root,
-            keys,
-            targets,
-            token_at,
+            edges,
+            heavy,
+            best_at,
             shorter,
             lengths,
             pairs,
@@ -391,9 +447,9 @@ def _encode_bytes(
     classes: np.ndarray,
     first: int,
     root: np.ndarray,
-    keys: np.ndarray,
-    targets: np.ndarray,
-    token_at: np.ndarray,
+    edges: np.ndarray,
+    heavy: np.ndarray,
+    best_at: np.ndarray,
     shorter: np.ndarray,
     lengths: np.ndarray,
     pairs: np.ndarray,
@@ -435,9 +491,9 @@ def _encode_bytes(
                 size,
                 first,
                 root,
-                keys,
-                targets,
-                token_at,
+                edges,
+                heavy,
+                best_at,
                 shorter,
                 lengths,
                 pairs,
@@ -462,11 +518,22 @@ class Matcher:
         self._pairs = pairs
         first, last = int(bpe.base_atoms[0]), int(bpe.base_atoms[-1])
         size = 1 << int(np.ceil(np.log2(4 * len(bpe.atoms) + 4)))
-        root, keys, targets, token_at, shorter = _build_trie(
-            bpe.atoms, bpe.starts, alive, size, first, last - first + 1
-        )
-        keys, targets = _shrink(keys, targets)
-        self._tables = (first, root, keys, targets, token_at, shorter, bpe.lengths, pairs)
+        root, keys, targets, best_at, shorter = _build_trie(bpe.atoms, bpe.starts, alive, size, first, last - first + 1)
+        if len(best_at) >> NODE_BITS:
+            raise ArtifactError(
+                f"the tokens have {len(best_at)} prefixes, more than {1 << NODE_BITS}; use shorter ones"
+            )
+        order = np.argsort(keys, kind="stable")[(keys < 0).sum() :]
+        source, atom, target = keys[order] >> ATOM_BITS, keys[order] & ((1 << ATOM_BITS) - 1), targets[order]
+        number = _number_nodes(source, target, len(best_at))
+        source, target = number[source], number[target]
+        follows = target == source + 1
+        heavy = np.full(len(best_at) + 1, -1, np.int32)
+        heavy[target[follows]] = atom[follows]
+        edges = _pack((source << ATOM_BITS | atom)[~follows], target[~follows])
+        root = np.where(root < 0, -1, number[root])
+        best_at[number] = best_at.copy()
+        self._tables = (first, root, edges, heavy, best_at, shorter, bpe.lengths, pairs)
         self._classes = np.zeros(0, np.uint8)
         self._unit = self._usual_unit()
         self._grow_runs(1024)
@@ -492,7 +559,7 @@ class Matcher:
     def encode(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See Bpe.encode."""
         points = np.ascontiguousarray(points, np.int32)
-        if (longest := points.shape[1] * len(self._unit)) > len(self._runs[-1]) - 1:
+        if (longest := points.shape[1] * len(self._unit)) > self._run_size:
             self._grow_runs(2 * longest)
         if not self._bpe.byte_level:
             return _encode_characters(points, *self._tables, *self._runs)
@@ -511,6 +578,7 @@ class Matcher:
             self._unit,
             *_run_tables(self._unit, size, self._bpe.atoms, self._bpe.starts, self._alive, self._pairs),
         )
+        self._run_size = size
 
     def _usual_unit(self) -> np.ndarray:
         """Atoms of the character whose repetition makes the longest token: what the fitted data repeat most."""
