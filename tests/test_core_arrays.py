@@ -1,13 +1,14 @@
 """The border between callers' arrays and the library's: dtypes, shapes, non-finite values, ids."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actok.core import DataError, TokenError, as_float_batch, as_ids, like, to_numpy
+from actok.core import DataError, MissingExtraError, TokenError, as_float_batch, as_ids, like, to_numpy
 
 
 def test_single_chunk_becomes_a_batch_of_one():
@@ -69,3 +70,9 @@ def test_torch_in_torch_out():
     assert back.dtype == torch.bfloat16
     assert torch.equal(back, x)
     assert like(np.arange(3), x).dtype == torch.int64
+
+
+def test_a_missing_extra_names_its_remedy_across_processes():
+    error = pickle.loads(pickle.dumps(MissingExtraError("metaworld", "metaworld", "this simulator")))
+    assert isinstance(error, ImportError)
+    assert str(error) == "this simulator needs metaworld; install it with: pip install 'actok[metaworld]'"

@@ -31,4 +31,8 @@ class MissingExtraError(ActokError, ImportError):
     """An optional dependency is needed; the message names the extra that installs it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self._parts = (package, extra, purpose)
         super().__init__(f"{purpose} needs {package}; install it with: pip install 'actok[{extra}]'")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), self._parts  # so that it crosses from a worker process
