@@ -202,7 +202,7 @@ def feature_values(feature: memoryview, where: str) -> Feature:
             chunks = [bytes([]) if isinstance(p, int) else p for p in parts]
             if kind == 2:
                 return np.frombuffer(b"".join(chunks), "<f4")
-            if parts and isinstance(parts[0], int):
+            if parts and all(isinstance(p, int) for p in parts):
                 return np.array(parts, np.uint64).astype(np.int64)
             return _varints(b"".join(chunks))
     except (IndexError, ValueError) as error:
@@ -239,7 +239,7 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value & 0xFFFFFFFFFFFFFFFF, at
         shift += 7
         if shift > 63:
             raise ValueError("an integer of more than 64 bits")
