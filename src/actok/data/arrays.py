@@ -22,7 +22,6 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ class ArrayDataset(EpisodeDataset):
 
     def all_actions(self) -> tuple[np.ndarray, np.ndarray]:
         """See EpisodeDataset.all_actions."""
-        frames = self._parts[0].action if len(self._parts) == 1 else np.concatenate([p.action for p in self._parts])
+        frames = np.concatenate([p.action for p in self._parts])
         offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         require_finite(frames, offsets, self.name)
         return frames, offsets
@@ -271,7 +270,7 @@ class _Npz(Mapping[str, np.ndarray]):
         except (OSError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} cannot be read as npz ({error}); the file is damaged, write it again") from None
         self._stored = {_ALIASES.get(n, n): n for n in stored}
-        self._read = lru_cache(maxsize=1)(self._load)
+        self._last: tuple[str, np.ndarray] | None = None
 
     def _load(self, key: str) -> np.ndarray:
         try:
@@ -295,7 +294,9 @@ class _Npz(Mapping[str, np.ndarray]):
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self._stored:
             raise KeyError(key)
-        return self._read(key)
+        if self._last is None or self._last[0] != key:
+            self._last = (key, self._load(key))
+        return self._last[1]
 
     def __contains__(self, key: object) -> bool:
         return key in self._stored
@@ -318,7 +319,7 @@ def from_arrays(source: Any, *, space: str | Path | ActionSpace | None = None, n
     """A dict of arrays (the module's keys), a list of episodes [T, D], or one array [E, T, D] or [T, D]."""
     title = "the arrays"
     if isinstance(source, Mapping):
-        arrays: dict[str, Any] = {_ALIASES.get(key, key): value for key, value in source.items()}
+        arrays: dict[str, Any] = {_ALIASES.get(str(key), str(key)): value for key, value in source.items()}
         return ArrayDataset([_Part(arrays, title)], name=name or "arrays", space=space)
     if isinstance(source, (list, tuple)):
         episodes = [to_numpy(episode) for episode in source]

@@ -80,6 +80,7 @@ class RldsDataset(EpisodeDataset):
         self._state_key = next((k for k in STATE_KEYS if self._is_float(k)), None)
         self._text_key = next((k for k in TEXT_KEYS if k in self.features), None)
         self._records: list[tuple[TFRecordFile, int]] = []
+        self._open: TFRecordFile | None = None
         self.splits: dict[str, range] = {}
         self.source_files = shards
         self._lengths: list[int] = []
@@ -148,6 +149,7 @@ class RldsDataset(EpisodeDataset):
                 for record in range(len(file)):
                     self._records.append((file, record))
                     self._lengths.append(self._length(file, record))
+                file.release()
                 bar.update()
             self.splits[split] = range(first, len(self._records))
         bar.close()
@@ -194,6 +196,10 @@ class RldsDataset(EpisodeDataset):
         if not 0 <= index < len(self):
             raise DataError(f"dataset {self.name!r} has episodes 0..{len(self) - 1}, not {index}")
         file, record = self._records[index]
+        if self._open is not file:
+            if self._open is not None:
+                self._open.release()
+            self._open = file
         where = f"{file.path}, record {record}"
         return parse_example(file.record(record), where), where
 

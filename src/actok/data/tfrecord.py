@@ -112,7 +112,7 @@ def masked_crc(content: bytes | memoryview) -> int:
 
 
 class TFRecordFile:
-    """The records of one file, memory-mapped; contents are only touched when asked for.
+    """The records of one file, memory-mapped while it is being read; contents are only touched when asked for.
 
     Opening walks over the lengths. Raises DataError naming file and record where it is truncated or a length's checksum
     is wrong.
@@ -120,18 +120,13 @@ class TFRecordFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._map: memoryview | None = None
         self._spans: list[tuple[int, int]] = []
-        try:
-            with open(path, "rb") as stream:
-                size = stream.seek(0, 2)
-                self._view = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
-        except OSError as error:
-            raise DataError(f"{path} cannot be opened ({error.strerror}); check the path") from None
-        at = 0
-        while at < size:
-            if at + _HEADER > size:
+        view, at = self._view, 0
+        while at < len(view):
+            if at + _HEADER > len(view):
                 raise self._truncated()
-            header = self._view[at : at + _HEADER]
+            header = view[at : at + _HEADER]
             length, crc = struct.unpack("<QI", header)
             if masked_crc(header[:8]) != crc:
                 raise DataError(
@@ -140,9 +135,24 @@ class TFRecordFile:
                 )
             start = at + _HEADER
             at = start + length + _FOOTER
-            if at > size:
+            if at > len(view):
                 raise self._truncated()
             self._spans.append((start, start + length))
+
+    @property
+    def _view(self) -> memoryview:
+        if self._map is None:
+            try:
+                with open(self.path, "rb") as stream:
+                    size = stream.seek(0, 2)
+                    self._map = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
+            except OSError as error:
+                raise DataError(f"{self.path} cannot be opened ({error.strerror}); check the path") from None
+        return self._map
+
+    def release(self) -> None:
+        """Give the mapping and its file handle back; reading maps the file again. Datasets have thousands of files."""
+        self._map = None
 
     def _truncated(self) -> DataError:
         return DataError(f"{self.path} is truncated in record {len(self._spans)}; download it again")
