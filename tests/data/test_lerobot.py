@@ -308,8 +308,17 @@ def test_writing_refuses(tmp_path, version):
         (ConfigError, "version 'v1' is unknown", [first], None, {"version": "v1"}),
         (ConfigError, "rate is None", [first], None, {"space": ActionSpace.raw(D)}),
         (DataError, "episode 1 has no proprioception", [first, replace(second, proprio=None)], None, {}),
-        (DataError, "episode 1 has no sub-task", [first, replace(second, subtask=None)], None, {}),
-        (DataError, "view 'front' has shape", [first, replace(second, images={})], None, {}),
+        (DataError, "episode 1 has no sub-tasks, other than", [first, replace(second, subtask=None)], None, {}),
+        (
+            DataError,
+            r"episode 1 has the views \[\], episode 0 \['front'\]",
+            [first, replace(second, images={})],
+            None,
+            {},
+        ),
+        (DataError, "view 'front' is uint8", [first, replace(second, images=first.images)], None, {}),
+        (DataError, "episode 1 has sub-tasks, other than", [replace(first, subtask=None), second], None, {}),
+        (DataError, "timestamps has 13 values for 7", [replace(first, timestamps=second.timestamps)], None, {}),
         (DataError, "has no name", [replace(first, subtask_names=("one",))], None, {}),
         (DataError, "holds nan in episode 0, step 3, dimension 2", [nan_at(first, 3, 2)], None, {}),
     ]
@@ -413,6 +422,30 @@ def test_contradictory_info(folder):
     edit_info(folder, features=wide)
     (folder / "meta/actok/space.json").unlink()
     with pytest.raises(DataError, match="actions have 3 dimensions"):
+        open_dataset(folder).episode(0)
+
+
+@pytest.mark.parametrize(
+    "names", [["a", "b", "c"], [["a", "b", "c"]], {"motors": ["a", "b", "c"]}, {"c": 2, "a": 0, "b": 1}]
+)
+def test_names_of_dimensions_in_every_nesting(folder, names):
+    (folder / "meta/actok/space.json").unlink()
+    features = json.loads((folder / "meta/info.json").read_text())["features"]
+    edit_info(folder, features=features | {"action": features["action"] | {"names": names}})
+    assert open_dataset(folder).space.names == ("a", "b", "c")
+
+
+def test_an_index_beyond_its_table(tmp_path):
+    folder = write_lerobot(make_episodes(), tmp_path / "set", space=SPACE)
+    rewrite(folder, lambda t: t.set_column(t.column_names.index("task_index"), "task_index", pa.array([8] * len(t))))
+    with pytest.raises(DataError, match="names task 8"):
+        open_dataset(folder).episode(0)
+    rewrite(folder, lambda t: t.drop_columns(["task_index"]))
+    assert [e.instruction for e in open_dataset(folder)] == [e.instruction for e in make_episodes()]
+    rewrite(
+        folder, lambda t: t.set_column(t.column_names.index("subtask_index"), "subtask_index", pa.array([9] * len(t)))
+    )
+    with pytest.raises(DataError, match="names sub-task 9"):
         open_dataset(folder).episode(0)
 
 

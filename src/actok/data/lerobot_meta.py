@@ -213,13 +213,12 @@ def _episodes_v3(root: Path, info: dict[str, Any]) -> dict[str, Any]:
     data_path = info.get("data_path") or DATA_PATH_V3
     video_path = info.get("video_path") or VIDEO_PATH_V3
     keys = [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
-    wanted = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
+    optional = ["tasks", "data/chunk_index", "data/file_index"]
     for key in keys:
-        wanted += [f"videos/{key}/{field}" for field in ("chunk_index", "file_index", "from_timestamp")]
+        optional += [f"videos/{key}/{field}" for field in ("chunk_index", "file_index", "from_timestamp")]
     rows: list[dict[str, Any]] = []
     for file in files:
-        present = set(_schema(file).names)
-        rows += read_parquet(file, [column for column in wanted if column in present]).to_pylist()
+        rows += read_parquet(file, ["episode_index", "length"], optional).to_pylist()
     rows.sort(key=lambda row: row["episode_index"])
 
     def clip(row: dict[str, Any], key: str) -> Clip:
@@ -299,19 +298,27 @@ def _schema(path: Path) -> pa.Schema:
         raise _damaged(path, error) from None
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    """Some columns of a parquet file. Raises DataError where the file is missing or damaged, or lacks a column."""
-    if columns is not None and (missing := [c for c in columns if c not in _schema(path).names]):
-        raise DataError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(_schema(path).names)}")
+def read_parquet(path: Path, columns: Sequence[str] | None, optional: Sequence[str] = ()) -> pa.Table:
+    """Some columns of a parquet file (None: all), and those of `optional` that it has.
+
+    Raises DataError where the file is missing or damaged, or lacks one of `columns`.
+    """
+    if columns is not None:
+        present = _schema(path).names
+        if missing := [c for c in columns if c not in present]:
+            raise DataError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(present)}")
+        columns = [*columns, *(c for c in optional if c in present)]
     try:
         # One thread: the columns are few, and callers run one reader per process.
-        return pq.ParquetFile(path, memory_map=True).read(None if columns is None else list(columns), use_threads=False)
+        return pq.ParquetFile(path, memory_map=True).read(columns, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, error) from None
 
 
 def read_rows(path: Path, columns: Sequence[str], rows: slice) -> pa.Table:
     """A range of rows, decoding only the row groups that hold it. Raises DataError as `read_parquet` does."""
+    if missing := [c for c in columns if c not in _schema(path).names]:
+        raise DataError(f"{path} has no column {missing[0]!r}, though the metadata list it; download it again")
     try:
         file = pq.ParquetFile(path, memory_map=True)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]

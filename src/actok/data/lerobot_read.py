@@ -119,7 +119,7 @@ class LeRobotFolder(EpisodeDataset):
         for index, place in enumerate(self._chosen):
             by_file.setdefault(self.meta.files[place], []).append(index)
         for path, members in tqdm(by_file.items(), desc=self.name, unit="file", delay=2, leave=False):
-            file = self._kept.get(path) or self._read(path, [])
+            file = self._kept.get(path) or self._read(path)
             for index in members:
                 frames[offsets[index] : offsets[index + 1]] = file.actions[self._rows(file, int(self._chosen[index]))]
         require_finite(frames, offsets, self.name)
@@ -129,16 +129,15 @@ class LeRobotFolder(EpisodeDataset):
         if path in self._kept:
             self._kept.move_to_end(path)
         else:
-            wanted = ("timestamp", "task_index", "subtask_index", "language_persistent")
-            columns = [c for c in (self.meta.state_key, *wanted) if c is not None and c in self.meta.features]
-            self._kept[path] = self._read(path, columns)
+            self._kept[path] = self._read(path, ("timestamp", "task_index", "subtask_index", "language_persistent"))
             if len(self._kept) > KEPT_FILES:
                 self._kept.popitem(last=False)
         return self._kept[path]
 
-    def _read(self, path: Path, more: list[str]) -> _DataFile:
-        key = self.meta.action_key
-        table = read_parquet(path, [key, "episode_index", *more])
+    def _read(self, path: Path, optional: Sequence[str] = ()) -> _DataFile:
+        """The actions of a file; with `optional` columns, also the state and those of them that the file has."""
+        key, state_key = self.meta.action_key, self.meta.state_key if optional else None
+        table = read_parquet(path, [key, "episode_index", *filter(None, [state_key])], optional)
         actions = to_matrix(table[key], f"{path}, column {key!r}")
         if actions.dtype.kind != "f":
             raise DataError(f"{path}: column {key!r} has dtype {actions.dtype}; actions are floating point values")
@@ -148,8 +147,8 @@ class LeRobotFolder(EpisodeDataset):
                 " write the dataset again"
             )
         state = None
-        if self.meta.state_key in more:
-            state = to_matrix(table[self.meta.state_key], f"{path}, column {self.meta.state_key!r}").astype(np.float32)
+        if state_key is not None:
+            state = to_matrix(table[state_key], f"{path}, column {state_key!r}").astype(np.float32)
         index = table["episode_index"].to_numpy()
         starts = np.flatnonzero(np.diff(index, prepend=index[:1] - 1)) if len(index) else np.zeros(0, np.int64)
         ends = np.append(starts[1:], len(index))

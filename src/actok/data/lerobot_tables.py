@@ -82,25 +82,27 @@ class Schema:
         space: of the actions.
         rate_hz: frames per second.
         proprio: P, None where episodes have no proprioception.
-        subtasks: how sub-tasks are stored, None where they are not.
-        images: "video", "image", or None where there are none.
-        views: feature key -> (view of the episode, H, W).
+        subtask_layout: how the caller wants sub-tasks stored, None to leave them out.
+        has_subtasks: whether there are any.
+        image_storage: "video", "image", or None to leave images out.
+        views: feature key -> (view of the episode, H, W); empty where there are none or they are left out.
     """
 
     space: ActionSpace
     rate_hz: float
     proprio: int | None
-    subtasks: str | None
-    images: str | None
+    subtask_layout: str | None
+    has_subtasks: bool
+    image_storage: str | None
     views: dict[str, tuple[str, int, int]]
 
     @classmethod
     def of(
-        cls, episode: Episode, space: ActionSpace, rate_hz: float, subtask_layout: str | None, images: str | None
+        cls, episode: Episode, space: ActionSpace, rate_hz: float, subtask_layout: str | None, image_storage: str | None
     ) -> Self:
         """From the first episode and the caller's choices."""
         views = {}
-        for view, frames in episode.images.items() if images else ():
+        for view, frames in episode.images.items() if image_storage else ():
             if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
                 raise DataError(f"view {view!r} is {frames.dtype} {frames.shape}; give uint8 [steps, height, width, 3]")
             key = view if view.startswith("observation.image") else f"observation.images.{view}"
@@ -109,10 +111,21 @@ class Schema:
             space=space,
             rate_hz=rate_hz,
             proprio=None if episode.proprio is None else episode.proprio.shape[1],
-            subtasks=None if episode.subtask is None else subtask_layout,
-            images=images if views else None,
+            subtask_layout=subtask_layout,
+            has_subtasks=episode.subtask is not None,
+            image_storage=image_storage,
             views=views,
         )
+
+    @property
+    def subtasks(self) -> str | None:
+        """How sub-tasks are stored, None where none are."""
+        return self.subtask_layout if self.has_subtasks else None
+
+    @property
+    def images(self) -> str | None:
+        """How images are stored, None where none are."""
+        return self.image_storage if self.views else None
 
     def features(self) -> dict[str, dict[str, Any]]:
         """`features` of info.json."""
@@ -191,13 +204,29 @@ class Schema:
                 f"episode {number} has {'no' if found is None else found} proprioception values a step, episode 0 has"
                 f" {'none' if self.proprio is None else self.proprio}; give all episodes the same"
             )
-        if self.subtasks is not None and (episode.subtask is None or len(episode.subtask) != len(episode)):
-            raise DataError(f"episode {number} has no sub-task at each step, episode 0 has; give all or none")
-        for view, height, width in self.views.values():
-            expected = (len(episode), height, width, 3)
-            shape = np.shape(episode.images.get(view, ()))
-            if shape != expected:
-                raise DataError(f"episode {number}: view {view!r} has shape {shape}, expected {expected}")
+        if self.subtask_layout is not None and (episode.subtask is not None) != self.has_subtasks:
+            raise DataError(
+                f"episode {number} has {'no ' if self.has_subtasks else ''}sub-tasks, other than episode 0; give all"
+                " episodes some, or leave them out with subtask_layout=None"
+            )
+        for name, values in (("subtask", episode.subtask), ("timestamps", episode.timestamps)):
+            if values is not None and len(values) != len(episode):
+                raise DataError(f"episode {number}: {name} has {len(values)} values for {len(episode)} steps")
+        if self.image_storage is None:
+            return
+        views = {view: (height, width) for view, height, width in self.views.values()}
+        if episode.images.keys() != views.keys():
+            raise DataError(
+                f"episode {number} has the views {sorted(episode.images)}, episode 0 {sorted(views)}; give all the same,"
+                " or leave them out with images=None"
+            )
+        for view, size in views.items():
+            frames = episode.images[view]
+            if frames.dtype != np.uint8 or frames.shape != (len(episode), *size, 3):
+                raise DataError(
+                    f"episode {number}: view {view!r} is {frames.dtype} {frames.shape}, expected uint8"
+                    f" {(len(episode), *size, 3)}"
+                )
 
     def _names(self, episode: Episode) -> list[str]:
         if self.subtasks is None or episode.subtask is None:

@@ -87,18 +87,18 @@ def write_lerobot(
     schema = Schema.of(first, space, float(rate), subtask_layout, images)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    writer = (_WriterV3 if version == "v3.0" else _WriterV2)(temporary, schema, robot_type or space.embodiment)
     try:
         temporary.chmod(0o755)
-        for episode in tqdm(
-            chain([first], stream), desc=f"writing {target.name}", unit="episode", delay=2, leave=False
-        ):
-            writer.add(episode)
-        writer.finish()
+        writer = (_WriterV3 if version == "v3.0" else _WriterV2)(temporary, schema, robot_type or space.embodiment)
+        try:
+            label = f"writing {target.name}"
+            for episode in tqdm(chain([first], stream), desc=label, unit="episode", delay=2, leave=False):
+                writer.add(episode)
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
         temporary.rename(target)
-    except BaseException:
-        writer.abandon()
-        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
