@@ -255,11 +255,14 @@ def _inline(svg: str) -> str:
         lambda a: re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), a[0]),
         rest,
     )
-    # Identifiers of clip paths and markers are unique within a figure only.
+    # The page's own font, and only those identifiers that something refers to, unique within the page.
+    rest = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", "sans-serif", rest)
+    wanted = set(re.findall(r"#([\w.-]+)", " ".join(re.findall(r'href="[^"]*"|url\([^)]*\)', rest))))
+    rest = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in wanted else "", rest)
     prefix = f"f{zlib.crc32(rest.encode()):08x}-"
     rest = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", rest)
-    rest = re.sub(r"font: ([^;\"]*?)'?sans-serif'?[^;\"]*", r"font: \1sans-serif", rest)
-    return f'{head} role="img">{rest}'.replace(INK, "currentColor").replace("\n", " ")
+    rest = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", rest))
+    return f'{head} role="img">{rest}'.replace(INK, "currentColor")
 
 
 def _styles(units: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], str]]:

@@ -26,6 +26,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 1rem 1rem 3rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 h3 { margin: 1.8rem 0 .4rem; } p { max-width: 75ch; margin: .4rem 0; }
+summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .4rem; }
 .note { opacity: .75; font-size: .88rem; } .error { color: #c33; }
 .scroll { overflow-x: auto; max-width: 100%; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
@@ -150,7 +151,11 @@ def _replay(replay: Mapping[str, Any]) -> str:
             ),
             Column(title="p", meaning="exact McNemar", cells=tuple(number(p["p_value"]) for p in replay["paired"])),
         ]
-        lines += ["<h3>Paired on the same demonstrations</h3>", _table(columns)]
+        lines += [
+            "<details><summary>Every two tokenizers on the same demonstrations</summary>",
+            _table(columns),
+            "</details>",
+        ]
     return "\n".join(lines)
 
 

@@ -85,7 +85,11 @@ def error_columns(units: Sequence[Mapping[str, Any]]) -> list[Column]:
             )
         )
     columns += [
-        column("VRR", "valid reconstruction rate, l1 norm < 0.01 normalised", lambda m: percent(_vrr_at(m, 0.01))),
+        column(
+            "VRR",
+            "steps with an l1 norm of the error below 0.01 / 0.1 normalised",
+            lambda m: f"{percent(_vrr_at(m, 0.01)).removesuffix(' %')} / {percent(_vrr_at(m, 0.1))}",
+        ),
         column("invalid", "chunks that did not decode", lambda m: percent(m["normalised"]["undecodable"])),
     ]
     return columns
@@ -137,13 +141,18 @@ def replay_columns(replay: Mapping[str, Any]) -> list[Column]:
         Column(
             title="l1", meaning="mean error, normalised units", cells=tuple(number(t["normalised_l1"]) for t in each)
         ),
-        Column(title="invalid", meaning="demonstrations with a chunk that did not decode", cells=tuple(str(t["invalid"]) for t in each)),
+        Column(
+            title="invalid",
+            meaning="demonstrations with a chunk that did not decode",
+            cells=tuple(str(t["invalid"]) for t in each),
+        ),
     ]
 
 
 def text_table(results: Mapping[str, Any], *, markdown: bool = False) -> str:
     """All datasets' tables as plain text of at most 120 columns, or as Markdown."""
     lines: list[str] = []
+    legend: dict[str, str] = {}
     for dataset in results["datasets"]:
         units = dataset_units(results, dataset["name"])
         good = [u for u in units if u["status"] == "ok"]
@@ -152,10 +161,8 @@ def text_table(results: Mapping[str, Any], *, markdown: bool = False) -> str:
         lines.append("")
         if good:
             for columns in (error_columns(good), behaviour_columns(good)):
-                lines += render_columns(columns, markdown)
-                if not markdown:
-                    lines += _wrap("; ".join(f"{c.title}: {c.meaning}" for c in columns if c.meaning))
-                lines.append("")
+                lines += [*render_columns(columns, markdown), ""]
+                legend |= {c.title: c.meaning for c in columns if c.meaning}
         for unit in units:
             if unit["status"] != "ok":
                 lines += _wrap(f"{unit['tokenizer']}: FAILED: {unit['error']}")
@@ -165,6 +172,8 @@ def text_table(results: Mapping[str, Any], *, markdown: bool = False) -> str:
         replay = results["replay"]
         title = f"Replay in {replay['env']}, {len(replay['episodes'])} demonstrations"
         lines += [f"### {title}" if markdown else title, "", *render_columns(replay_columns(replay), markdown), ""]
+    if legend:
+        lines += [*_wrap("; ".join(f"{title}: {meaning}" for title, meaning in legend.items())), ""]
     p = results["provenance"]
     lines += _wrap(
         f"actok {p['actok']}, commit {p['commit'] or 'unknown'}, {p['cpu']}, {p['created']}, seed {p['seed']}"

@@ -9,6 +9,9 @@ import numpy as np
 
 from actok.core import DataError, TokenLayout, Tokens, to_numpy
 
+# Points of a sorted-frequency curve that are kept for each table.
+PLOTTED = 48
+
 __all__ = ["CodeSequences", "CodeUse", "NgramFit", "Rate", "code_use", "ngram_fit", "rate"]
 
 
@@ -114,7 +117,7 @@ class CodeUse:
         entropy: entropy of the empirical distribution over log2 K (0 one code only, 1 uniform; 0 for K = 1).
         f_max: frequency of the most frequent code.
         above_1e3, above_2e2: how many codes have a frequency above 1e-3 and 2e-2.
-        frequencies: the frequencies in descending order, zeros left out, thinned to at most 256 for plotting.
+        frequencies: the frequencies in descending order, zeros left out, thinned evenly in log rank to at most PLOTTED, for plotting.
         ranks: their ranks, from 1.
     """
 
@@ -140,7 +143,7 @@ def code_use(codes: CodeSequences) -> tuple[CodeUse, ...]:
         frequency = counts / max(drawn, 1)
         seen = np.sort(frequency[frequency > 0])[::-1]
         entropy = float(-(seen * np.log2(seen)).sum() / np.log2(size)) if size > 1 and drawn else 0.0
-        ranks: Any = np.unique(np.geomspace(1, len(seen), min(len(seen), 256)).round().astype(int)) if drawn else []
+        ranks: Any = np.unique(np.geomspace(1, len(seen), min(len(seen), PLOTTED)).round().astype(int)) if drawn else []
         found.append(
             CodeUse(
                 table=table,

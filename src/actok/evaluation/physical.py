@@ -208,7 +208,7 @@ def _worst(c: Comparison, groups: Sequence[ActionGroup], unit: str) -> np.ndarra
     for group in groups:
         error = _distance(c.reference, safe, group) / factor
         error = error.max(2) if error.ndim == 3 else error
-        present = c.present[:, list(group.dims)].all(1)
-        worst = np.where(present[:, None], np.maximum(worst, error), worst)
+        present = c.present[:, list(group.dims)].all(1, keepdims=True)
+        worst = np.where(present, np.maximum(worst, error), worst)
     unknown = ~c.decoded[:, None] & ~np.isneginf(worst)
     return np.where(unknown, np.nan, worst)
