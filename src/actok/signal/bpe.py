@@ -74,6 +74,13 @@ class Bpe:
         return np.diff(self.starts)
 
     @cached_property
+    def characters(self) -> np.ndarray:
+        """[V] atoms of each token that start a character: all, or bytes that continue none."""
+        begins = (self.atoms & 0xC0) != 0x80 if self.byte_level else np.ones(len(self.atoms), bool)
+        before = np.concatenate([[0], np.cumsum(begins)])
+        return before[self.starts[1:]] - before[self.starts[:-1]]
+
+    @cached_property
     def base_atoms(self) -> np.ndarray:
         """Sorted atoms that an encoding can start from; a code point is encodable where all its atoms are here."""
         return np.sort(self.atoms[self.starts[:-1][self.base]])
@@ -116,7 +123,8 @@ class Bpe:
         """Code points of ids."""
         atoms, atom_offsets = self.expand(flat, offsets)
         if self.byte_level:
-            return Points(**decode_rows(atoms, atom_offsets))
+            before = np.concatenate([[0], np.cumsum(self.characters[flat])])
+            return Points(**decode_rows(atoms, atom_offsets, np.diff(before[offsets])))
         return Points(flat=atoms, offsets=atom_offsets, readable=np.ones(len(offsets) - 1, bool))
 
     def expand(self, flat: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

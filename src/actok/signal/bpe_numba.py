@@ -4,7 +4,7 @@ A sequence of tokens is the BPE encoding of what it spells if and only if each a
 encoding of what that pair spells. (A merge across the border of two tokens would have to happen between their last
 atoms, so looking at neighbours is enough.) Hence: take the longest token that matches and goes with its predecessor;
 where none does, drop the predecessor and try its shorter prefixes; positions found to be dead ends are remembered.
-The pairs that go together are tabulated once, in V x V bytes. Linear in the length of the text, as in the
+The pairs that go together are tabulated once, in V x V bits. Linear in the length of the text, as in the
 backtracking encoder of van Antwerpen and Neubeck (github.blog, "So many tokens, so little time", 2024).
 
 The argument needs each token to be made by one merge, and each token's own text to encode to that token; where a file
@@ -23,7 +23,7 @@ from actok.core import ArtifactError
 if TYPE_CHECKING:
     from actok.signal.bpe import Bpe
 
-LARGEST_VOCABULARY = 8192  # 64 MB of pairs
+LARGEST_VOCABULARY = 8192  # 64 MB of pairs while they are made, 8 MB after
 # A trie edge is one int64: node << 16 | atom, then the node it leads to. Atoms are code points below U+D800, or bytes.
 ATOM_BITS, NODE_BITS = 16, 23
 OTHER, LETTER, NUMBER, SPACE = 0, 1, 2, 3
@@ -105,6 +105,12 @@ def _pair_tables(
                 if alive[b] and _rank_of(a, b, vocab, keys, ranks) < 0:
                     pairs[a, b] = _goes_together(a, b, rank, left, right, keys, ranks)
     return True, pairs
+
+
+@compiled
+def _go_together(a: int, b: int, pairs: np.ndarray) -> bool:
+    """The bit of tokens a, b: eight times more of the table stays in the processor's cache than by bytes."""
+    return (pairs[a, b >> 3] >> (b & 7)) & 1 == 1
 
 
 @compiled
@@ -252,7 +258,7 @@ def _run_tables(
             if rest < 0 or not matches[missing % u, j]:
                 continue
             for i in range(count):
-                if not pairs[tokens[i], tokens[j]]:
+                if not _go_together(tokens[i], tokens[j], pairs):
                     continue
                 if rest == 0 or after[rest, j] >= 0:
                     after[missing, i] = j
@@ -319,7 +325,7 @@ def _match(
                 if (
                     length <= missing
                     and run_matches[missing % u, j]
-                    and pairs[out[count - 1], run_tokens[j]]
+                    and _go_together(out[count - 1], run_tokens[j], pairs)
                     and (length == missing or run_after[missing - length, j] >= 0)
                 ):
                     out[count] = run_tokens[j]
@@ -339,7 +345,7 @@ def _match(
             token = out[count]
             position -= lengths[token]
         reached = position + lengths[token]
-        if not dead[reached] and (count == begin or pairs[out[count - 1], token]):
+        if not dead[reached] and (count == begin or _go_together(out[count - 1], token, pairs)):
             out[count] = token
             count += 1
             position = reached
@@ -513,6 +519,7 @@ class Matcher:
     """The compiled encoder of one BPE. `classes` and the run tables grow when a longer or larger text needs it."""
 
     def __init__(self, bpe: Bpe, alive: np.ndarray, pairs: np.ndarray) -> None:
+        pairs = np.packbits(pairs, axis=1, bitorder="little")
         self._bpe = bpe
         self._alive = alive
         self._pairs = pairs

@@ -34,20 +34,19 @@ def points_to_text(points: np.ndarray) -> list[str]:
     return [text[i : i + n] for i in range(0, len(text), n)]
 
 
-def decode_rows(data: np.ndarray, offsets: np.ndarray) -> DecodedRows:
+def decode_rows(data: np.ndarray, offsets: np.ndarray, characters: np.ndarray) -> DecodedRows:
     """Code points of UTF-8 sequences data[offsets[b]:offsets[b + 1]].
 
-    An undecodable part becomes one -1 (its maximal subpart, as U+FFFD in Unicode 15, section 3.9) and makes the row
-    unreadable.
+    `characters` [B] counts each row's bytes that start a character (any but 10xxxxxx). An undecodable part becomes one
+    -1 (its maximal subpart, as U+FFFD in Unicode 15, section 3.9) and makes the row unreadable.
     """
     data = data.astype(np.uint8)
-    starts_char = (data & 0xC0) != 0x80
-    firsts = offsets[:-1][np.diff(offsets) > 0]
-    if starts_char[firsts].all():
+    firsts = data[offsets[:-1][np.diff(offsets) > 0]]
+    if ((firsts & 0xC0) != 0x80).all():
         try:  # the whole batch at once; rows start with a character, so a clean batch has clean rows
             flat = np.frombuffer(data.tobytes().decode().encode("utf-32-le"), "<i4")
-            before = np.concatenate([[0], np.cumsum(starts_char)])
-            return {"flat": flat, "offsets": before[offsets], "readable": np.ones(len(offsets) - 1, bool)}
+            ends = np.cumsum(characters)
+            return {"flat": flat, "offsets": np.concatenate([[0], ends]), "readable": np.ones(len(ends), bool)}
         except UnicodeDecodeError:
             pass
     parts, readable = [], np.ones(len(offsets) - 1, bool)

@@ -368,11 +368,8 @@ class FastTokenizer(ClosedFormTokenizer):
 
     def _tokens_until(self, ids: np.ndarray, n: int) -> int:
         """How many ids it takes to spell the first n coefficients."""
-        offsets = np.array([0, len(ids)])
-        atoms, _ = self.bpe.expand(ids, offsets)
-        starts_char = (atoms & 0xC0) != 0x80 if self.bpe.byte_level else np.ones(len(atoms), bool)
-        before = np.concatenate([[0], np.cumsum(starts_char)])[np.cumsum(self.bpe.lengths[ids]) - self.bpe.lengths[ids]]
-        return int((before < n).sum())
+        characters = self.bpe.characters[ids]
+        return int((np.cumsum(characters) - characters < n).sum())
 
 
 def quantise(chunks: np.ndarray, scale: float) -> np.ndarray:
