@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -208,8 +208,8 @@ class FastTokenizer(ClosedFormTokenizer):
         dim = space.dim if space is not None else dim if dim is not None else files.dim
         embodiments = {}
         if dim is not None:
-            space = space or ActionSpace.raw(dim, f"normalised-{dim}")
-            embodiments[space.embodiment] = Embodiment(space, Normaliser.identity(dim))
+            known = _normalised(dim) if space is None else Embodiment(space, Normaliser.identity(dim))
+            embodiments[known.space.embodiment] = known
         config = cls.config_class(
             scale=files.scale, vocab=bpe.vocab_size, normaliser=normaliser, range_limit=range_limit
         )
@@ -240,8 +240,7 @@ class FastTokenizer(ClosedFormTokenizer):
                 ' embodiment "normalised-<D>" in the context where actions lie in [-1, 1]'
             )
         if name is not None and name not in self._embodiments and (match := NORMALISED.fullmatch(name)):
-            dim = int(match[1])
-            return Embodiment(ActionSpace.raw(dim, name), Normaliser.identity(dim))
+            return _normalised(int(match[1]))
         return super().embodiment(name)
 
     def encode(self, actions: Any, context: ChunkContext | None = None) -> Tokens:
@@ -370,6 +369,12 @@ class FastTokenizer(ClosedFormTokenizer):
         """How many ids it takes to spell the first n coefficients."""
         characters = self.bpe.characters[ids]
         return int((np.cumsum(characters) - characters < n).sum())
+
+
+@lru_cache(maxsize=64)
+def _normalised(dim: int) -> Embodiment:
+    """D dimensions that lie in [-1, 1] already."""
+    return Embodiment(ActionSpace.raw(dim, f"normalised-{dim}"), Normaliser.identity(dim))
 
 
 def quantise(chunks: np.ndarray, scale: float) -> np.ndarray:
