@@ -129,6 +129,17 @@ def test_table_is_readable(run):
     assert "given by the caller" in text
 
 
+def test_a_warning_is_shown_once_with_all_it_concerns(episodes, tmp_path):
+    still = [e.copy() for e in episodes]
+    for e in still:
+        e[:, 3] = 0.5
+    run_benchmark([still], ["bins", "dct"], tmp_path, spaces=SPACE, **SMALL)
+    text = " ".join((tmp_path / "table.txt").read_text().split())
+    assert text.count("never changes in the data") == 1
+    assert "note on bins, dct: embodiment 'test_arm': joint.1 never changes" in text
+    assert "Constant: joint.1." in text
+
+
 def test_number():
     assert [number(v) for v in (None, 0, 0.0012345, 12.345, 1234.5, 1e-5)] == [
         "-",

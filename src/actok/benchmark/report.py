@@ -14,6 +14,7 @@ from actok.benchmark.table import (
     dataset_units,
     describe,
     error_columns,
+    notes,
     number,
     percent,
     replay_columns,
@@ -79,10 +80,9 @@ def _dataset(results: Mapping[str, Any], dataset: Mapping[str, Any]) -> str:
     units = dataset_units(results, dataset["name"])
     good = [u for u in units if u["status"] == "ok"]
     lines = [f"<h2>{escape(dataset['name'])}</h2>", f"<p>{escape(describe(dataset))}</p>"]
-    for unit in units:
-        if unit["status"] != "ok":
-            lines.append(f"<p class=error>{escape(unit['tokenizer'])} failed: {escape(unit['error'])}</p>")
-        lines += [f"<p class=note>{escape(unit['tokenizer'])}: {escape(w)}</p>" for w in unit.get("warnings", [])]
+    failed = [u for u in units if u["status"] != "ok"]
+    lines += [f"<p class=error>{escape(u['tokenizer'])} failed: {escape(u['error'])}</p>" for u in failed]
+    lines += [f"<p class=note>{escape(note)}</p>" for note in notes(units)]
     if not good:
         return "\n".join([*lines, "<p>No tokenizer could be measured on this dataset.</p>"])
     lines += ["<h3>Size and error</h3>", _table(error_columns(good))]

@@ -14,6 +14,7 @@ __all__ = [
     "behaviour_columns",
     "dataset_units",
     "error_columns",
+    "notes",
     "number",
     "percent",
     "render_columns",
@@ -166,7 +167,7 @@ def text_table(results: Mapping[str, Any], *, markdown: bool = False) -> str:
         for unit in units:
             if unit["status"] != "ok":
                 lines += _wrap(f"{unit['tokenizer']}: FAILED: {unit['error']}")
-            lines += [line for text in unit.get("warnings", []) for line in _wrap(f"{unit['tokenizer']}: note: {text}")]
+        lines += [line for text in notes(units) for line in _wrap(text)]
         lines.append("")
     if results.get("replay"):
         replay = results["replay"]
@@ -179,6 +180,15 @@ def text_table(results: Mapping[str, Any], *, markdown: bool = False) -> str:
         f"actok {p['actok']}, commit {p['commit'] or 'unknown'}, {p['cpu']}, {p['created']}, seed {p['seed']}"
     )
     return "\n".join(lines).rstrip()
+
+
+def notes(units: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What fitting and measuring warned of, each once, with the tokenizers it concerns."""
+    concerned: dict[str, list[str]] = {}
+    for unit in units:
+        for text in unit.get("warnings", []):
+            concerned.setdefault(text, []).append(unit["tokenizer"])
+    return [f"note on {', '.join(names)}: {text}" for text, names in concerned.items()]
 
 
 def describe(dataset: Mapping[str, Any]) -> str:
