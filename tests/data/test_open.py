@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from actok.core import ActionSpace, ConfigError, DataError, SpaceMismatchError
+from actok.core import ActionSpace, ConfigError, DataError, MissingExtraError, SpaceMismatchError
 from actok.data import Episode, open_dataset, write_lerobot
 
 ACTIONS = np.random.default_rng(0).standard_normal((3, 7, 4)).astype(np.float32)
@@ -103,6 +103,21 @@ def test_what_is_no_dataset(tmp_path):
     ):
         with pytest.raises(DataError, match=words):
             open_dataset(source)
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "x.hdf5").write_bytes(b"")
+    with pytest.raises(MissingExtraError, match=r"needs h5py; install it with: pip install 'actok\[hdf5\]'"):
+        open_dataset(tmp_path / "x.hdf5")
+    frames = np.zeros((7, 8, 10, 3), np.uint8)
+    episode = Episode(index=0, actions=ACTIONS[0], images={"front": frames})
+    with pytest.raises(MissingExtraError, match=r"needs PyAV; install it with: pip install 'actok\[video\]'"):
+        write_lerobot([episode], tmp_path / "set", space=ActionSpace.raw(4), rate_hz=10, images="video")
+    assert not (tmp_path / "set").exists()
+    # PNG is written without it.
+    write_lerobot([episode], tmp_path / "set", space=ActionSpace.raw(4), rate_hz=10, images="image")
 
 
 def test_readers_are_loaded_when_needed():

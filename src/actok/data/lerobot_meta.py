@@ -291,11 +291,11 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} cannot be read ({error}); download or write it again") from None
 
 
-def _schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise _damaged(path, error) from None
+def _present(file: pq.ParquetFile, columns: Sequence[str], path: Path) -> list[str]:
+    names = file.schema_arrow.names
+    if missing := [c for c in columns if c not in names]:
+        raise DataError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(names)}")
+    return list(columns)
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None, optional: Sequence[str] = ()) -> pa.Table:
@@ -303,29 +303,25 @@ def read_parquet(path: Path, columns: Sequence[str] | None, optional: Sequence[s
 
     Raises DataError where the file is missing or damaged, or lacks one of `columns`.
     """
-    if columns is not None:
-        present = _schema(path).names
-        if missing := [c for c in columns if c not in present]:
-            raise DataError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(present)}")
-        columns = [*columns, *(c for c in optional if c in present)]
     try:
+        file = pq.ParquetFile(path, memory_map=True)
+        if columns is not None:
+            columns = [*_present(file, columns, path), *(c for c in optional if c in file.schema_arrow.names)]
         # One thread: the columns are few, and callers run one reader per process.
-        return pq.ParquetFile(path, memory_map=True).read(columns, use_threads=False)
+        return file.read(columns, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, error) from None
 
 
 def read_rows(path: Path, columns: Sequence[str], rows: slice) -> pa.Table:
     """A range of rows, decoding only the row groups that hold it. Raises DataError as `read_parquet` does."""
-    if missing := [c for c in columns if c not in _schema(path).names]:
-        raise DataError(f"{path} has no column {missing[0]!r}, though the metadata list it; download it again")
     try:
         file = pq.ParquetFile(path, memory_map=True)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         edges = np.concatenate([[0], np.cumsum(sizes)])
         first = int(np.searchsorted(edges, rows.start, side="right")) - 1
         last = int(np.searchsorted(edges, rows.stop, side="left"))
-        table = file.read_row_groups(list(range(first, last)), list(columns), use_threads=False)
+        table = file.read_row_groups(list(range(first, last)), _present(file, columns, path), use_threads=False)
         return table.slice(rows.start - edges[first], rows.stop - rows.start)
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, error) from None

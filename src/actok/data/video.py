@@ -25,7 +25,7 @@ def _av() -> ModuleType:
     try:
         import av
     except ImportError:
-        raise MissingExtraError("PyAV", "video", "decoding images and videos") from None
+        raise MissingExtraError("PyAV", "video", "reading and writing of images and videos") from None
     return av
 
 
