@@ -11,6 +11,7 @@ makes), and a byte-level BPE behind the GPT-2 text regex (what the published fil
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -212,10 +213,11 @@ def train_bpe(rows: list[np.ndarray], *, alphabet: int, vocab: int, max_token_le
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         min_frequency=2,
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
         initial_alphabet=[chr(FIRST_CHAR + i) for i in range(alphabet)],
         max_token_length=max_token_length,
     )
-    texts = (text for block in rows for text in points_to_text(block + FIRST_CHAR))
+    slices = (block[i : i + 4096] for block in rows for i in range(0, len(block), 4096))  # strings are made as needed
+    texts = (text for part in slices for text in points_to_text(part + FIRST_CHAR))
     tokenizer.train_from_iterator(texts, trainer, length=sum(map(len, rows)))
     return tokenizer.to_str().encode()

@@ -4,8 +4,9 @@ A sequence of tokens is the BPE encoding of what it spells if and only if each a
 encoding of what that pair spells. (A merge across the border of two tokens would have to happen between their last
 atoms, so looking at neighbours is enough.) Hence: take the longest token that matches and goes with its predecessor;
 where none does, drop the predecessor and try its shorter prefixes; positions found to be dead ends are remembered.
-The pairs that go together are tabulated once, in V x V bits. Linear in the length of the text, as in the
-backtracking encoder of van Antwerpen and Neubeck (github.blog, "So many tokens, so little time", 2024).
+The pairs that go together are tabulated once, in V x V bits. The time is linear in the text for tokens of bounded length. The
+scheme is that of van Antwerpen and Neubeck ("So many tokens, so little time", github.blog, 2024); the tables for texts
+that end in a run, as chunks end in zeros, and the numbering of the trie are ours.
 
 The argument needs each token to be made by one merge, and each token's own text to encode to that token; where a file
 breaks this, `Matcher.build` returns None and the caller uses the `tokenizers` library.
@@ -15,192 +16,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-import numba
 import numpy as np
 
 from actok.core import ArtifactError
+from actok.signal.bpe_tables import (
+    ATOM_BITS,
+    NODE_BITS,
+    build_trie,
+    compiled,
+    go_together,
+    hash_of,
+    number_nodes,
+    pack,
+    pair_tables,
+    run_tables,
+)
 
 if TYPE_CHECKING:
     from actok.signal.bpe import Bpe
 
 LARGEST_VOCABULARY = 8192  # 64 MB of pairs while they are made, 8 MB after
-# A trie edge is one int64: node << 16 | atom, then the node it leads to. Atoms are code points below U+D800, or bytes.
-ATOM_BITS, NODE_BITS = 16, 23
 OTHER, LETTER, NUMBER, SPACE = 0, 1, 2, 3
 
 __all__ = ["Matcher"]
-
-compiled = numba.njit(cache=True, nogil=True)
-
-
-@compiled
-def _hash(key: int | np.int64) -> int:
-    """Fibonacci hashing: the middle bits of key x 2^64 / golden ratio."""
-    return np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(36))  # type: ignore[return-value]
-
-
-@compiled
-def _slot(key: int | np.int64, keys: np.ndarray) -> int:
-    """Where `key` stands in an open-addressed table of 2 ** k keys, or the free slot (-1) where it would."""
-    mask = len(keys) - 1
-    slot = _hash(key) & mask
-    while keys[slot] != -1 and keys[slot] != key:
-        slot = (slot + 1) & mask
-    return slot
-
-
-@compiled
-def _rank_of(a: int, b: int, vocab: int, keys: np.ndarray, ranks: np.ndarray) -> int:
-    """Rank of the merge of tokens a and b, -1 where there is none."""
-    slot = _slot(a * vocab + b, keys)
-    return ranks[slot] if keys[slot] >= 0 else -1
-
-
-@compiled
-def _goes_together(
-    a: int, b: int, rank: np.ndarray, left: np.ndarray, right: np.ndarray, keys: np.ndarray, ranks: np.ndarray
-) -> bool:
-    """Whether no merge crosses the border of tokens a and b before both are complete.
-
-    Undoes the merges on both sides of the border, latest first. A merge across it would have come first if its rank is
-    below that of the merge last undone, or equal to it where that one lies to the right (ties merge from the left).
-    The merge of a with b as a whole is the caller's business.
-    """
-    vocab = len(rank)
-    while rank[a] >= 0 or rank[b] >= 0:
-        if rank[a] > rank[b]:
-            limit = rank[a]
-            a = right[a]
-        else:
-            limit = rank[b] + 1
-            b = left[b]
-        crossing = _rank_of(a, b, vocab, keys, ranks)
-        if 0 <= crossing < limit:
-            return False
-    return True
-
-
-@compiled
-def _pair_tables(
-    merges: np.ndarray, rank: np.ndarray, left: np.ndarray, right: np.ndarray, alive: np.ndarray
-) -> tuple[bool, np.ndarray]:
-    """(each merged token is the encoding of its text, uint8 [V, V] pairs that go together)."""
-    vocab = len(rank)
-    size = 4
-    while size < 4 * len(merges):
-        size *= 2
-    keys = np.full(size, -1, np.int64)
-    ranks = np.full(size, -1, np.int64)
-    for r in range(len(merges)):
-        slot = _slot(merges[r, 0] * vocab + merges[r, 1], keys)
-        keys[slot] = merges[r, 0] * vocab + merges[r, 1]
-        ranks[slot] = r
-    pairs = np.zeros((vocab, vocab), np.uint8)
-    for r in range(len(merges)):
-        if not _goes_together(merges[r, 0], merges[r, 1], rank, left, right, keys, ranks):
-            return False, pairs
-    for a in range(vocab):
-        if alive[a]:
-            for b in range(vocab):
-                if alive[b] and _rank_of(a, b, vocab, keys, ranks) < 0:
-                    pairs[a, b] = _goes_together(a, b, rank, left, right, keys, ranks)
-    return True, pairs
-
-
-@compiled
-def _go_together(a: int, b: int, pairs: np.ndarray) -> bool:
-    """The bit of tokens a, b: eight times more of the table stays in the processor's cache than by bytes."""
-    return (pairs[a, b >> 3] >> (b & 7)) & 1 == 1
-
-
-@compiled
-def _build_trie(
-    atoms: np.ndarray, starts: np.ndarray, alive: np.ndarray, size: int, first: int, span: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens as a trie.
-
-    Returns the node of each single atom [span] (atom - first; -1: none), edge keys and targets (open-addressed), the
-    longest token that is a prefix of each node, and the longest token that is a proper prefix of each token (-1: none).
-    """
-    vocab = len(starts) - 1
-    root = np.full(span, -1, np.int32)
-    keys = np.full(size, -1, np.int64)
-    targets = np.full(size, -1, np.int32)
-    best_at = np.full(size, -1, np.int32)
-    shorter = np.full(vocab, -1, np.int32)
-    nodes = 0
-    # Shorter tokens first: then a node that is new inherits the longest token before it, for good.
-    for token in np.argsort(starts[1:] - starts[:-1], kind="mergesort"):
-        if not alive[token]:
-            continue
-        start, end = starts[token], starts[token + 1]
-        if root[atoms[start] - first] < 0:
-            root[atoms[start] - first] = nodes
-            nodes += 1
-        node = root[atoms[start] - first]
-        for i in range(start + 1, end):
-            key = np.int64(node) << ATOM_BITS | np.int64(atoms[i])
-            slot = _slot(key, keys)
-            if keys[slot] < 0:
-                keys[slot] = key
-                targets[slot] = nodes
-                best_at[nodes] = best_at[node]
-                nodes += 1
-            node = targets[slot]
-        shorter[token] = best_at[node]
-        best_at[node] = token
-    return root, keys, targets, best_at[:nodes].copy(), shorter
-
-
-@compiled
-def _number_nodes(sources: np.ndarray, targets: np.ndarray, nodes: int) -> np.ndarray:
-    """New node numbers in which the child with most descendants follows its parent directly.
-
-    Edges are sorted by source, and children have larger numbers than their parents.
-    """
-    size, parent = np.ones(nodes, np.int64), np.full(nodes, -1, np.int64)
-    for e in range(len(sources)):
-        parent[targets[e]] = sources[e]
-    for node in range(nodes - 1, -1, -1):
-        if parent[node] >= 0:
-            size[parent[node]] += size[node]
-    begin = np.searchsorted(sources, np.arange(nodes + 1))
-    number = np.full(nodes, -1, np.int64)
-    stack = np.empty(nodes + 1, np.int64)
-    count = 0
-    for top in range(nodes):
-        if parent[top] >= 0:
-            continue
-        stack[0], depth = top, 1
-        while depth > 0:
-            depth -= 1
-            node = stack[depth]
-            number[node] = count
-            count += 1
-            largest = -1
-            for e in range(begin[node], begin[node + 1]):
-                stack[depth] = targets[e]
-                if largest < 0 or size[targets[e]] > size[stack[largest]]:
-                    largest = depth
-                depth += 1
-            if largest >= 0:  # on top of the stack, so that it comes next
-                stack[largest], stack[depth - 1] = stack[depth - 1], stack[largest]
-    return number
-
-
-@compiled
-def _pack(keys: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Edges in one array of half-filled slots, key << NODE_BITS | target, so that a step is one access; free: -1."""
-    size = 4
-    while size < 2 * len(keys):
-        size *= 2
-    edges = np.full(size, -1, np.int64)
-    for i in range(len(keys)):
-        slot = _hash(keys[i]) & (size - 1)
-        while edges[slot] >= 0:
-            slot = (slot + 1) & (size - 1)
-        edges[slot] = keys[i] << NODE_BITS | targets[i]
-    return edges
 
 
 @compiled
@@ -208,7 +46,7 @@ def _child(node: int, atom: int, edges: np.ndarray) -> int:
     """The node reached from `node` by `atom`, or -1."""
     key = np.int64(node) << ATOM_BITS | np.int64(atom)
     mask = len(edges) - 1
-    slot = _hash(key) & mask
+    slot = hash_of(key) & mask
     while True:
         edge = edges[slot]
         if edge < 0:
@@ -216,53 +54,6 @@ def _child(node: int, atom: int, edges: np.ndarray) -> int:
         if edge >> NODE_BITS == key:
             return edge & ((1 << NODE_BITS) - 1)
         slot = (slot + 1) & mask
-
-
-@compiled
-def _run_tables(
-    unit: np.ndarray, size: int, atoms: np.ndarray, starts: np.ndarray, alive: np.ndarray, pairs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How a text goes on that ends in repetitions of `unit` (a chunk ends in zeros: high frequencies are empty).
-
-    Returns the tokens [R] that occur in such a run; bool [u, R], whether a token matches where the missing atoms m have
-    m % u = row; and by m <= size and the token before (as an index into the first array) the next token's index, or -1
-    where the run cannot be completed after that token.
-    """
-    u, vocab = len(unit), len(starts) - 1
-    matches = np.zeros((u, vocab), np.bool_)
-    count = 0
-    tokens = np.empty(vocab, np.int64)
-    for token in range(vocab):
-        if not alive[token]:
-            continue
-        fits = False
-        for phase in range(u):
-            same = True
-            for i in range(starts[token], starts[token + 1]):
-                if atoms[i] != unit[(u - phase + i - starts[token]) % u]:
-                    same = False
-                    break
-            matches[phase, count] = same
-            fits = fits or same
-        if fits:
-            tokens[count] = token
-            count += 1
-        else:
-            matches[:, count] = False
-    tokens, matches = tokens[:count].copy(), matches[:, :count].copy()
-    after = np.full((size + 1, count), -1, np.int16)
-    for missing in range(1, size + 1):
-        for j in range(count):
-            length = starts[tokens[j] + 1] - starts[tokens[j]]
-            rest = missing - length
-            if rest < 0 or not matches[missing % u, j]:
-                continue
-            for i in range(count):
-                if not _go_together(tokens[i], tokens[j], pairs):
-                    continue
-                if rest == 0 or after[rest, j] >= 0:
-                    after[missing, i] = j
-    return tokens, matches, after
 
 
 @compiled
@@ -325,7 +116,7 @@ def _match(
                 if (
                     length <= missing
                     and run_matches[missing % u, j]
-                    and _go_together(out[count - 1], run_tokens[j], pairs)
+                    and go_together(out[count - 1], run_tokens[j], pairs)
                     and (length == missing or run_after[missing - length, j] >= 0)
                 ):
                     out[count] = run_tokens[j]
@@ -345,7 +136,7 @@ def _match(
             token = out[count]
             position -= lengths[token]
         reached = position + lengths[token]
-        if not dead[reached] and (count == begin or _go_together(out[count - 1], token, pairs)):
+        if not dead[reached] and (count == begin or go_together(out[count - 1], token, pairs)):
             out[count] = token
             count += 1
             position = reached
@@ -525,19 +316,19 @@ class Matcher:
         self._pairs = pairs
         first, last = int(bpe.base_atoms[0]), int(bpe.base_atoms[-1])
         size = 1 << int(np.ceil(np.log2(4 * len(bpe.atoms) + 4)))
-        root, keys, targets, best_at, shorter = _build_trie(bpe.atoms, bpe.starts, alive, size, first, last - first + 1)
+        root, keys, targets, best_at, shorter = build_trie(bpe.atoms, bpe.starts, alive, size, first, last - first + 1)
         if len(best_at) >> NODE_BITS:
             raise ArtifactError(
                 f"the tokens have {len(best_at)} prefixes, more than {1 << NODE_BITS}; use shorter ones"
             )
         order = np.argsort(keys, kind="stable")[(keys < 0).sum() :]
         source, atom, target = keys[order] >> ATOM_BITS, keys[order] & ((1 << ATOM_BITS) - 1), targets[order]
-        number = _number_nodes(source, target, len(best_at))
+        number = number_nodes(source, target, len(best_at))
         source, target = number[source], number[target]
         follows = target == source + 1
         heavy = np.full(len(best_at) + 1, -1, np.int32)
         heavy[target[follows]] = atom[follows]
-        edges = _pack((source << ATOM_BITS | atom)[~follows], target[~follows])
+        edges = pack((source << ATOM_BITS | atom)[~follows], target[~follows])
         root = np.where(root < 0, -1, number[root])
         best_at[number] = best_at.copy()
         self._tables = (first, root, edges, heavy, best_at, shorter, bpe.lengths, pairs)
@@ -560,7 +351,7 @@ class Matcher:
         parts = bpe.merges[:, :2]
         if not alive[parts].all() or (rank[parts] >= np.arange(len(parts))[:, None]).any():
             return None
-        exact, pairs = _pair_tables(bpe.merges, rank, left, right, alive)
+        exact, pairs = pair_tables(bpe.merges, rank, left, right, alive)
         return cls(bpe, alive, pairs) if exact else None
 
     def encode(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -583,7 +374,7 @@ class Matcher:
     def _grow_runs(self, size: int) -> None:
         self._runs = (
             self._unit,
-            *_run_tables(self._unit, size, self._bpe.atoms, self._bpe.starts, self._alive, self._pairs),
+            *run_tables(self._unit, size, self._bpe.atoms, self._bpe.starts, self._alive, self._pairs),
         )
         self._run_size = size
 
