@@ -16,7 +16,7 @@ from actok.benchmark.table import WIDTH, number
 from actok.core import ActionGroup, ActionSpace, ConfigError, DataError, FitPart
 from actok.evaluation.metrics import TOLERANCES
 from actok.training import fit_parts
-from actok.training.fit import FRACTIONS
+from actok.training.fitting import FRACTIONS
 from realdata import REAL, needs_real
 
 D, E = 5, 11

@@ -6,7 +6,7 @@ import pytest
 import actok
 from actok.core import ActionGroup, ActionSpace, ConfigError, DataError, SpaceMismatchError
 from actok.training import Tolerance, ToleranceError, fit, load_material
-from actok.training import fit as fit_module
+from actok.training.fitting import FRACTIONS
 
 ARM = ActionSpace(
     embodiment="arm",
@@ -120,7 +120,7 @@ def test_fitting_never_sees_held_out_episodes():
     from actok.data import open_dataset, split_dataset
 
     data = episodes(30, 4)
-    split = split_dataset(open_dataset(data, space=ARM), fractions=fit_module.__globals__["FRACTIONS"])
+    split = split_dataset(open_dataset(data, space=ARM), fractions=FRACTIONS)
     clean = fit("pca", [data], space=ARM)
 
     def spoiled(which) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from actok.benchmark.measure import HeldOut
 from actok.core import ActionSpace, DataError, FitPart
 from actok.data import Chunks, EpisodeDataset, FrameCache, open_dataset, split_dataset
 from actok.signal.normalise import Normaliser
-from actok.training.fit import FRACTIONS
+from actok.training.fitting import FRACTIONS
 
 __all__ = ["Prepared", "prepare"]
 

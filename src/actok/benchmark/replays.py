@@ -15,7 +15,7 @@ from actok.data import EpisodeDataset, open_dataset, split_dataset
 from actok.envs import make_env
 from actok.evaluation.replay import EXACT, replay
 from actok.training import fit, load
-from actok.training.fit import FRACTIONS
+from actok.training.fitting import FRACTIONS
 
 __all__ = ["held_out_episodes", "replay_held_out", "replay_text"]
 

@@ -20,7 +20,7 @@ from actok.core import ActionTokenizer, ActokError, ConfigError, MissingExtraErr
 from actok.core.files import write_bytes
 from actok.evaluation.metrics import TOLERANCES
 from actok.training import fit_parts, load
-from actok.training.fit import FRACTIONS
+from actok.training.fitting import FRACTIONS
 
 # What a point of a rate-distortion curve is fitted and judged on, at most.
 SWEEP_CHUNKS, SWEEP_FIT_CHUNKS = 500, 4000

@@ -54,7 +54,7 @@ def _encode(args: argparse.Namespace) -> int:
         horizon=tokenizer.horizon,
         embodiment=embodiment,
         dataset=dataset.name,
-        anchor=None if anchors[0] is None else np.concatenate(anchors),
+        anchor=np.concatenate([a for a in anchors if a is not None]) if anchors[0] is not None else None,
     )
     write_tokens(table, args.out)
     values = int(real_steps.sum()) * dataset.space.dim

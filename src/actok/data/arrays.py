@@ -70,6 +70,8 @@ class ArrayDataset(EpisodeDataset):
         rate = common_rate(((p.title, p.rate_hz) for p in parts), name)
         self.space, self.space_origin = self._resolve(space, list(dict.fromkeys(p.robot for p in parts)), rate)
         self.lengths = np.concatenate([p.lengths for p in parts])
+        keys = [task for p in parts for task in p.tasks]
+        self.tasks = keys if any(keys) else None
         self.source_files = [p.file for p in parts if p.file is not None]
         self._first = np.cumsum([0, *(len(p.lengths) for p in parts)])
 

@@ -57,7 +57,8 @@ class EpisodeDataset(ABC):
         space_origin: how the space was found, in words, for the user ("preset bridge_widowx, named by the caller",
             "inferred from names in meta/info.json", "nothing known").
         lengths: int64 [E] steps of each episode.
-        tasks: [E] task key of each episode, None where the dataset names none; known without reading the episodes.
+        tasks: [E] task key of each episode (else its instruction), so that a split can keep every task; None where the
+            dataset names none, or could only by reading every episode.
         source_files: every file that the actions and states come from, so that a cache knows when it is stale; empty
             where the data live in memory (a cache then hashes the values).
     """

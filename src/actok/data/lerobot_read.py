@@ -67,6 +67,8 @@ class LeRobotFolder(EpisodeDataset):
             rate_hz=meta.fps,
             stored=meta.space,
         )
+        keys = [self._task_key(int(place)) for place in self._chosen]
+        self.tasks = keys if any(keys) else None
         self.source_files = [meta.root / INFO, *dict.fromkeys(meta.files[i] for i in self._chosen)]
         self._kept: OrderedDict[Path, _DataFile] = OrderedDict()
 
@@ -80,6 +82,11 @@ class LeRobotFolder(EpisodeDataset):
         if not len(episodes):
             raise DataError(f"dataset {self.name!r} is empty: the selection of episodes is; choose at least one")
         return np.array([place[int(e)] for e in episodes], np.int64)
+
+    def _task_key(self, place: int) -> str:
+        """The task key kept beside LeRobot's data, else the first task in words."""
+        kept = self.meta.extras.get(int(self.meta.indices[place]), {}).get("task")
+        return kept or next(iter(self.meta.episode_tasks[place]), "")
 
     # -- reading --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from actok.evaluation.physical import group_values
 from actok.signal.normalise import Normaliser
 
 if TYPE_CHECKING:
-    from actok.training.fit import Material
+    from actok.training.fitting import Material
 
 # Written unit -> reported unit and factor.
 UNITS: Mapping[str, tuple[str, float]] = {
