@@ -66,7 +66,8 @@ class FastConfig:
         vocab: V, the alphabet of integers included.
         normaliser: see actok.signal.normalise.
         max_token_length: longest token in coefficients.
-        max_chunks: at most so many chunks, drawn with `seed`, train the BPE.
+        max_chunks: at most so many chunks, drawn with `seed`, train the BPE (memory: 150 bytes a coefficient). Chunks
+            overlap, so more of them hardly matter: see docs/tokenizers/fast.md.
         range_limit: largest normalised value that must be representable; larger coefficients than such a signal can
             have are saturated. None: the largest normalised value in the fitted chunks, at least 1.
         seed: of the draw.
@@ -76,7 +77,7 @@ class FastConfig:
     vocab: int = 1024
     normaliser: str = "quantile"
     max_token_length: int = 64
-    max_chunks: int = 200_000
+    max_chunks: int = 10_000
     range_limit: float | None = None
     seed: int = 0
 
