@@ -3,6 +3,7 @@
 docs/cli.md                 from `actok VERB --help`
 docs/tokenizers/README.md   from the presets
 text blocks after Python blocks, on every page: what the blocks print (the tests compare them; `--check` does not)
+README's demo section       from the folder that `make demo` wrote, with `--demo FOLDER`
 """
 
 from __future__ import annotations
@@ -70,8 +71,15 @@ PAGES = {"docs/cli.md": cli_page, "docs/tokenizers/README.md": tokenizer_page}
 def main() -> int:
     """Write or check every page."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--demo", type=Path, metavar="FOLDER", help="put this demo's tables into the README")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
-    check = parser.parse_args().check
+    args = parser.parse_args()
+    check = args.check
+    if args.demo is not None:
+        readme = ROOT / "README.md"
+        table = f"```text\n{(args.demo / 'table.txt').read_text()}```"
+        before, after = readme.read_text().split("<!-- demo -->")[0], readme.read_text().split("<!-- /demo -->")[1]
+        readme.write_text(f"{before}<!-- demo -->\n{table}\n<!-- /demo -->{after}")
     stale = []
     for name, make in PAGES.items():
         path, text = ROOT / name, make()

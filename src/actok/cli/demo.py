@@ -10,7 +10,7 @@ __all__ = ["run"]
 
 TOKENIZERS = ("bins", "fast", "beast", "dct", "pca")
 ENV = "metaworld"
-EPISODES = 20
+EPISODES = 40
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     data, replay = args.data, None
     if data is None:
-        data, replay = str(out / "demonstrations"), ENV
+        data, replay = str(out / ENV), ENV
         if Path(data).exists():
             print(f"using the demonstrations in {data}")
         else:

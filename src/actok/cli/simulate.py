@@ -48,7 +48,7 @@ def _replay(args: argparse.Namespace) -> int:
 
     data = args.data
     if data is None:
-        data = str(Path(args.out) / "demonstrations")
+        data = str(Path(args.out) / args.env)
         if not Path(data).exists():
             # A tenth of the episodes is held out for testing.
             collect_into(data, args.env, "all", 10 * args.episodes, seed=args.seed, workers=args.workers)

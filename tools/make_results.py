@@ -1,0 +1,177 @@
+"""Make docs/results: every table from a run of this command, with its JSON beside it.
+
+    make results                                 # Meta-World, collected here: anyone can make these pages
+    make results DATA_ROOT=path/to/datasets      # and the data sets of OTHERS found below that folder
+
+Resumable: what an earlier run of the same code measured on the same data is reused. Work files go to runs/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actok.benchmark import run_benchmark, text_table
+from actok.benchmark.replays import replay_text
+from actok.cli.simulate import collect_into
+from actok.core import ActokError
+from actok.core.files import write_bytes
+from actok.training import fit
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "docs" / "results"
+WORK = ROOT / "runs" / "results"
+TOKENIZERS = ("bins", "fast", "beast", "dct", "pca")
+EPISODES = 20
+SEED = 0
+
+# name -> (path below DATA_ROOT, action space where the data do not tell)
+OTHERS: Mapping[str, tuple[str, str | None]] = {
+    "robosuite": ("sim/robosuite_state", None),
+    "aloha_sim": ("sim/aloha_sim", None),
+    "libero": ("sim/libero_state", None),
+    "unitree_g1_inspire": ("real/unitree_g1_inspire", None),
+    "bridge_widowx": ("real/bridge_widowx", None),
+    "adroit_door_human": ("real/adroit_door_human", None),
+    "robosuite_human_lift": ("real/robosuite_human/lift.hdf5", None),
+    "robosuite_human_handover": ("real/robosuite_human/handover_two_panda.hdf5", None),
+}
+# What fit(tolerance=...) is asked for on each data set.
+TOLERANCES: Mapping[str, str] = {
+    "metaworld": "2 mm, p95",
+    "robosuite": "2 mm, 1 deg, p95",
+    "aloha_sim": "1 deg",
+    "libero": "2 mm, 1 deg, p95",
+    "unitree_g1_inspire": "2 deg",
+    "bridge_widowx": "5 mm, 3 deg, p95",
+}
+
+
+def main() -> None:
+    """Measure, then write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, help="folder with the data sets of OTHERS; those missing are skipped")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+
+    sources: dict[str, tuple[str, str | None]] = {"metaworld": (str(WORK / "metaworld"), None)}
+    if not Path(sources["metaworld"][0]).exists():
+        collect_into(sources["metaworld"][0], "metaworld", "all", EPISODES, seed=SEED, workers=args.workers)
+    for name, (path, space) in OTHERS.items():
+        if args.data_root is not None and (args.data_root / path).exists():
+            sources[name] = (str(args.data_root / path), space)
+
+    rows = []
+    for name, (path, space) in sources.items():
+        print(f"== {name}", flush=True)
+        results = run_benchmark(
+            [path],
+            TOKENIZERS,
+            WORK / "bench" / name,
+            spaces=space,
+            seed=SEED,
+            sweep=True,
+            replay="metaworld" if name == "metaworld" else None,
+        )
+        write_bytes(PAGES / f"{name}.json", json.dumps(slim(results), indent=1) + "\n")
+        write_bytes(PAGES / f"{name}.md", page(name, results))
+        facts = results["datasets"][0]
+        rows.append(
+            f"| [{name}]({name}.md) | {facts['space']['dim']} | {facts['space']['rate_hz'] or '-'} | {facts['horizon']}"
+            f" | {sum(facts['episodes'].values())} | {facts['frames']} |"
+        )
+    write_bytes(PAGES / "speed.md", speed_page())
+    write_bytes(PAGES / "tolerance.md", tolerance_page(sources))
+    write_bytes(PAGES / "README.md", index(rows))
+
+
+def slim(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tables rest on, without example chunks, curves over every code and points of sweeps' histograms."""
+    units = []
+    for unit in results["results"]:
+        metrics = {k: v for k, v in (unit.get("metrics") or {}).items() if k not in ("examples", "codes")}
+        units.append({**unit, "metrics": metrics})
+    datasets = [{k: v for k, v in d.items() if k != "examples"} for d in results["datasets"]]
+    return {**results, "datasets": datasets, "results": units}
+
+
+def page(name: str, results: Mapping[str, Any]) -> str:
+    """One data set's tables, with what the columns mean and the command that makes them."""
+    replay = results.get("replay")
+    text = (
+        f"# {name}\n\nMade by `make results` ([figures as JSON]({name}.json)); columns: [metrics](../metrics.md).\n\n"
+    )
+    text += text_table(results, markdown=True) + "\n"
+    if replay:
+        text += "\n```text\n" + replay_text(replay) + "\n```\n"
+    return text
+
+
+def speed_page() -> str:
+    """What the speed benchmarks print, one thread each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    text = "# Speed\n\nOne thread. Made by `make results`, which runs the commands below.\n"
+    for script in ("fast_speed", "chunk_speed"):
+        print(f"== {script}", flush=True)
+        command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
+        text += f"\n## `python benchmarks/{script}.py`\n\n```json\n{done.stdout.strip()}\n```\n"
+    return text
+
+
+def tolerance_page(sources: Mapping[str, tuple[str, str | None]]) -> str:
+    """What fit(tolerance=...) chooses, tokenizer by tokenizer."""
+    lines = [
+        "# The coarsest setting within a tolerance",
+        "",
+        "Made by `make results`: `actok.fit(name, data, tolerance=...)` chooses on validation episodes; the last column is"
+        " measured on test episodes, which took no part in the choice. In delta spaces the bound is on the path accumulated"
+        " over the chunk.",
+        "",
+        "| data | tolerance | tokenizer | setting | bits a chunk | worst error / bound on test |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (path, space) in sources.items():
+        if name not in TOLERANCES:
+            continue
+        for tokenizer in TOKENIZERS:
+            head = f"| {name} | {TOLERANCES[name]} | {tokenizer} |"
+            try:
+                report = fit(tokenizer, path, space=space, tolerance=TOLERANCES[name], seed=SEED).meta["tolerance"]
+            except ActokError as error:
+                lines.append(f"{head} none: {str(error).split('; ')[1]} | - | - |")
+                continue
+            ratio = max(e["error"] / e["bound"] for e in report["test"].values() if e["bound"])
+            setting = ", ".join(f"{k}={v}" for k, v in report["setting"].items())
+            lines.append(f"{head} {setting} | {report['tried'][-1]['bits_per_chunk']:.0f} | {ratio:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def index(rows: list[str]) -> str:
+    """The list of pages; what is said about the figures stands in FINDINGS.md, which is written by hand."""
+    return "\n".join(
+        [
+            "# Results",
+            "",
+            "Every table here is made by `make results` (work files in `runs/results`, seed 0, hardware and commit below each"
+            " table). [What they say](FINDINGS.md). [Tolerances](tolerance.md). [Speed](speed.md).",
+            "",
+            "Meta-World is collected by the command itself; the other sets are added with `DATA_ROOT=...` where they are at"
+            " hand.",
+            "",
+            "| data | D | Hz | T | episodes | steps |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
