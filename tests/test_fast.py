@@ -113,11 +113,18 @@ def test_finer_scales_have_less_error_and_more_tokens():
     assert lengths == sorted(lengths)
 
 
-def test_padded_data_do_not_make_one_endless_token():
+def test_padded_data_do_not_spend_the_vocabulary_on_zeros():
     actions = np.concatenate([chunks(200, 6, 97), np.zeros((2000, 97, D), np.float32)])
     actions[:, 41:] = 0
-    tokenizer = FastTokenizer.fit([part(actions)], FastConfig(vocab=701))
+    tokenizer = FastTokenizer.fit([part(actions)], FastConfig(vocab=701, max_token_length=64))
     assert tokenizer.bpe.lengths.max() <= 64
+    uncapped = FastTokenizer.fit([part(actions)], FastConfig(vocab=701))
+    zero = -uncapped.min_token
+    runs = [
+        bool((uncapped.bpe.atoms[a:b] == zero).all())
+        for a, b in zip(uncapped.bpe.starts[:-1], uncapped.bpe.starts[1:], strict=True)
+    ]
+    assert sum(runs) < 0.1 * uncapped.vocab_size
 
 
 def test_one_vocabulary_serves_robots_of_different_dimensions():

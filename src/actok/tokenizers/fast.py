@@ -15,7 +15,7 @@ Deviations, each deliberate:
   surplus, fills what is missing by zeros, and marks the result as repaired.
 * Coefficients are bounded by scale * sqrt(T) * range_limit, which no signal inside [-range_limit, range_limit] exceeds
   (Cauchy-Schwarz, since the basis is orthonormal). The bound is the same for each frequency.
-* Tokens are at most 64 symbols long, so that padded data do not spend the vocabulary on one run of zeros.
+* Tokens are at most `max_token_length` symbols long (published: 10000), so that no token outgrows a chunk.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class FastConfig:
     scale: float = 10.0
     vocab: int = 1024
     normaliser: str = "quantile"
-    max_token_length: int = 64
+    max_token_length: int = 1024
     max_chunks: int = 10_000
     range_limit: float | None = None
     seed: int = 0
