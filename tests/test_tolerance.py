@@ -1,5 +1,7 @@
 """fit() and the tolerance search: splits are honest, the coarsest setting is found, and failure says how near it came."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,7 +68,7 @@ def test_the_coarsest_setting_within_the_tolerance_is_taken(name, tolerance):
     tokenizer = fit(name, [episodes(60, 4)], space=ARM, tolerance=tolerance)
     report = tokenizer.meta["tolerance"]
     assert report["tried"][-1]["worst_ratio"] <= 1
-    assert all(t["worst_ratio"] > 1 for t in report["tried"][:-1])
+    assert all("refused" in t or t["worst_ratio"] > 1 for t in report["tried"][:-1])
     assert len(report["tried"]) > 1, "the coarsest setting is already within: the test proves nothing"
     # Measured again from outside, on the validation episodes the search judged by.
     material = load_material(episodes(60, 4), space=ARM)
@@ -103,6 +105,25 @@ def test_delta_spaces_are_bounded_along_the_path():
 def test_none_within_says_how_near_it_came():
     with pytest.raises(ToleranceError, match=r"no setting of bins meets 1e-06 mm .* times the bound"):
         fit("bins", [episodes(60, 4)], space=ARM, tolerance="0.000001 mm")
+
+
+def test_a_setting_that_the_data_rule_out_is_passed_over(monkeypatch):
+    """The search goes on past a setting that cannot be fitted; where none can be, it says why."""
+    from actok.core import registry
+
+    preset = registry.find_preset("bins")
+    broken = replace(preset, sweep=({"bins": 1}, *preset.sweep))
+    presets = {
+        **registry.tokenizer_presets(),
+        "bins": broken,
+        "never": replace(preset, sweep=({"bins": 0}, {"bins": 1})),
+    }
+    monkeypatch.setattr(registry, "tokenizer_presets", lambda: presets)
+    report = fit("bins", [episodes(60, 4)], space=ARM, tolerance="20 mm").meta["tolerance"]
+    assert "bins is 1" in report["tried"][0]["refused"]
+    assert report["tried"][-1]["worst_ratio"] <= 1
+    with pytest.raises(ToleranceError, match="can be fitted on these data: bins is 1"):
+        fit("never", [episodes(60, 4)], space=ARM, tolerance="20 mm")
 
 
 def test_a_bound_in_a_unit_the_space_lacks_is_refused():

@@ -22,12 +22,15 @@ from actok.benchmark.replays import replay_text
 from actok.cli.simulate import collect_into
 from actok.core import ActokError
 from actok.core.files import write_bytes
+from actok.data import open_dataset
 from actok.training import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "results"
 WORK = ROOT / "runs" / "results"
 TOKENIZERS = ("bins", "fast", "beast", "dct", "pca")
+# The published FAST+ files below DATA_ROOT; without them it is left out.
+FAST_PLUS = "fast_plus"
 EPISODES = 20
 SEED = 0
 
@@ -67,13 +70,18 @@ def main() -> None:
         if args.data_root is not None and (args.data_root / path).exists():
             sources[name] = (str(args.data_root / path), space)
 
+    tokenizers = list(TOKENIZERS)
+    if args.data_root is not None and (args.data_root / FAST_PLUS).exists():
+        tokenizers.append(str(args.data_root / FAST_PLUS))
+
     rows = []
     for name, (path, space) in sources.items():
         print(f"== {name}", flush=True)
         results = run_benchmark(
             [path],
-            TOKENIZERS,
+            tokenizers,
             WORK / "bench" / name,
+            horizon=open_dataset(path, space=space).space.default_horizon,
             spaces=space,
             seed=SEED,
             sweep=True,

@@ -118,7 +118,14 @@ def search(
     tried: list[dict[str, Any]] = []
     for step in tqdm(sweep, f"{name}: searching {tolerance}", unit="setting", delay=2, disable=None):
         setting = {**step, **settings}
-        tokenizer = fit_parts(name, parts, **setting)
+        try:
+            tokenizer = fit_parts(name, parts, **setting)
+        except ConfigError as error:
+            if len(sweep) == 1:
+                raise
+            # A setting that these data rule out (an alphabet larger than the vocabulary) is passed over, and said so.
+            tried.append({"setting": setting, "refused": str(error)})
+            continue
         errors, bits, excess = _judge_all(tokenizer, materials, "validation", tolerance)
         tried.append({"setting": setting, "bits_per_chunk": bits, "validation": errors, "worst_ratio": excess})
         if excess > 1:
@@ -139,7 +146,10 @@ def search(
             "tried": tried,
             "summary": summary,
         }
-    nearest = min(tried, key=lambda t: t["worst_ratio"])
+    judged = [t for t in tried if "refused" not in t]
+    if not judged:
+        raise ToleranceError(f"no setting of {name} can be fitted on these data: {tried[-1]['refused']}")
+    nearest = min(judged, key=lambda t: t["worst_ratio"])
     raise ToleranceError(
         f"no setting of {name} meets {tolerance}; the nearest, {_settings_text(nearest['setting'])}, is at"
         f" {nearest['worst_ratio']:.2f} times the bound ({_errors_text(nearest['validation'])} on validation episodes);"
