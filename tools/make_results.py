@@ -94,7 +94,7 @@ def main() -> None:
             f"| [{name}]({name}.md) | {facts['space']['dim']} | {facts['space']['rate_hz'] or '-'} | {facts['horizon']}"
             f" | {sum(facts['episodes'].values())} | {facts['frames']} |"
         )
-    write_bytes(PAGES / "speed.md", speed_page())
+    write_bytes(PAGES / "speed.md", speed_page(tokenizers[len(TOKENIZERS) :]))
     write_bytes(PAGES / "tolerance.md", tolerance_page(sources))
     write_bytes(PAGES / "README.md", index(rows))
 
@@ -121,15 +121,19 @@ def page(name: str, results: Mapping[str, Any]) -> str:
     return text
 
 
-def speed_page() -> str:
-    """What the speed benchmarks print, one thread each."""
+def speed_page(fast_plus: list[str]) -> str:
+    """What the speed benchmarks print, one thread each; the same as JSON beside the page."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     text = "# Speed\n\nOne thread. Made by `make results`, which runs the commands below.\n"
-    for script in ("fast_speed", "chunk_speed"):
+    for script, options in (("fast_speed", ["--published", *fast_plus] if fast_plus else []), ("chunk_speed", [])):
         print(f"== {script}", flush=True)
-        command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py")]
+        command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
-        text += f"\n## `python benchmarks/{script}.py`\n\n```json\n{done.stdout.strip()}\n```\n"
+        write_bytes(PAGES / f"{script}.json", done.stdout)
+        shown = " ".join(
+            ["python", f"benchmarks/{script}.py", *(o if o.startswith("-") else "FOLDER" for o in options)]
+        )
+        text += f"\n## `{shown}`\n\n```json\n{done.stdout.strip()}\n```\n"
     return text
 
 
