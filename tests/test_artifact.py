@@ -141,3 +141,39 @@ def test_killed_while_saving_leaves_the_old_artifact(tokenizer, folder, tmp_path
         process.wait(30)
         process.stdout.close()
         assert actok.load(folder).weights_hash == tokenizer.weights_hash
+
+
+def test_push_to_hub_and_load_from_it(tokenizer, tmp_path, monkeypatch):
+    """One commit with exactly the files that save_pretrained writes; a Hub id loads through a snapshot of it."""
+    import huggingface_hub
+
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, repo_id, exist_ok, private):
+            assert (repo_id, exist_ok, private) == ("lab/arm-bins", True, True)
+
+        def create_commit(self, repo_id, operations, commit_message):
+            uploaded.update({o.path_in_repo: o.path_or_fileobj for o in operations})
+            return type("Commit", (), {"commit_url": f"hub/{repo_id}"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert tokenizer.push_to_hub("lab/arm-bins", private=True) == "hub/lab/arm-bins"
+    saved = tokenizer.save_pretrained(tmp_path / "saved")
+    assert uploaded == {p.name: p.read_bytes() for p in saved.iterdir()}
+
+    def snapshot(repo_id, revision=None, **_):
+        assert (repo_id, revision) == ("lab/arm-bins", "v1")
+        folder = tmp_path / "snapshot"
+        folder.mkdir(exist_ok=True)
+        for name, content in uploaded.items():
+            (folder / name).write_bytes(content)
+        return str(folder)
+
+    def no_such_file(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not a FAST+ repository")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_such_file)
+    again = actok.load("lab/arm-bins", revision="v1")
+    assert again.weights_hash == tokenizer.weights_hash

@@ -65,8 +65,8 @@ def load(folder_or_hub_id: str | Path, *, revision: str | None = None) -> Action
     """
     from actok.tokenizers.fast import FastTokenizer, is_published_folder
 
-    if is_published_folder(folder_or_hub_id):
-        return FastTokenizer.from_published(folder_or_hub_id)
+    if is_published_folder(folder_or_hub_id, revision):
+        return FastTokenizer.from_published(folder_or_hub_id, revision=revision)
     artifact = read_artifact(folder_or_hub_id, revision=revision)
     tokenizer: ActionTokenizer = find_class(artifact.kind).from_artifact(artifact)
     return tokenizer
