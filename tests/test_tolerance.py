@@ -7,6 +7,7 @@ import pytest
 
 import actok
 from actok.core import ActionGroup, ActionSpace, ConfigError, DataError, SpaceMismatchError
+from actok.data import load_mixture, open_dataset, split_dataset
 from actok.training import Tolerance, ToleranceError, fit, load_material
 from actok.training.fitting import FRACTIONS
 
@@ -138,8 +139,6 @@ def test_too_few_episodes_to_hold_any_out():
 
 def test_fitting_never_sees_held_out_episodes():
     """An outlier in every held-out episode leaves the fit unchanged, one in a training episode does not."""
-    from actok.data import open_dataset, split_dataset
-
     data = episodes(30, 4)
     split = split_dataset(open_dataset(data, space=ARM), fractions=FRACTIONS)
     clean = fit("pca", [data], space=ARM)
@@ -182,3 +181,30 @@ def test_two_datasets_of_one_embodiment_share_one_normaliser():
         normaliser = tokenizer.embodiment("arm").normaliser
         assert (normaliser.inverse(-np.ones(4)) < -0.1).all()
         assert (normaliser.inverse(np.ones(4)) > 1.1).all()
+
+
+def test_a_mixture_gives_chunks_in_its_ratios(tmp_path):
+    """Three steps of one dataset to one of the other, whatever their sizes, and the other is thinned or repeated."""
+    paths = {}
+    for name, count in (("big", 40), ("small", 4)):
+        data = episodes(count, 4)
+        paths[name] = tmp_path / f"{name}.npz"
+        np.savez(paths[name], action=np.concatenate(data), episode_length=[len(e) for e in data])
+    entries = [
+        f'[[datasets]]\nname = "{n}"\nratio = {r}\nsource = "{paths[n]}"\n' for n, r in (("small", 3), ("big", 1))
+    ]
+    (tmp_path / "mix.toml").write_text("".join(entries))
+    mixture = load_mixture(tmp_path / "mix.toml")
+    small, big = fit("bins", mixture, horizon=17).meta["data"]
+    assert (small["name"], big["name"]) == ("small", "big")
+    assert small["train_chunks"] == pytest.approx(3 * big["train_chunks"], abs=2)
+    whole = fit("bins", [str(p) for p in paths.values()], horizon=17).meta["data"]
+    assert small["train_chunks"] + big["train_chunks"] == pytest.approx(sum(d["train_chunks"] for d in whole), abs=1)
+
+
+def test_datasets_of_different_rates_ask_for_a_horizon():
+    fast, slow = replace(ARM, rate_hz=50.0, embodiment="fast"), replace(ARM, rate_hz=5.0, embodiment="slow")
+    sources = [open_dataset(episodes(20, 4), space=space, name=space.embodiment) for space in (fast, slow)]
+    with pytest.raises(ConfigError, match=r"50 \(fast\), 10 \(slow\); name one"):
+        fit("fast", sources)
+    assert fit("fast", sources, horizon=12).horizon == 12

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -26,8 +27,9 @@ from actok.core.files import write_bytes
 FORMAT = "actok.benchmark"
 SCHEMA_VERSION = 1
 # What a measured figure depends on; a change in any of these files makes kept units stale.
-CODE = ("core", "signal", "tokenizers", "data", "evaluation", "training", "configs", "benchmark/measure.py")
-PACKAGES = ("numpy", "scipy", "tokenizers", "numba", "torch", "matplotlib")
+CODE = ("core", "signal", "tokenizers", "data", "envs", "evaluation", "training", "configs", "benchmark/measure.py")
+PACKAGES = ("numpy", "scipy", "tokenizers", "numba", "torch", "matplotlib", "mujoco", "metaworld")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 __all__ = ["FORMAT", "SCHEMA_VERSION", "UnitStore", "code_hash", "plain", "provenance", "read_results", "write_results"]
 
@@ -78,12 +80,6 @@ def provenance(seed: int) -> dict[str, Any]:
     """Under which conditions the figures came about: versions, machine, threads, commit, command, time."""
     from actok import __version__
 
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -92,12 +88,26 @@ def provenance(seed: int) -> dict[str, Any]:
         "code": code_hash()[:16],
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": _versions(),
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "threads": {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")},
+        "threads": _threads(),
     }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _threads() -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in THREADS}
 
 
 def cpu_model() -> str:
@@ -143,10 +153,20 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
+def module_hash(module: str) -> str | None:
+    """sha256 of a module's file: what a third party's tokenizer depends on. None where there is no such file."""
+    try:
+        spec = importlib.util.find_spec(module)
+        return hashlib.sha256(Path(str(spec and spec.origin)).read_bytes()).hexdigest()
+    except (ImportError, ValueError, OSError):
+        return None
+
+
 class UnitStore:
     """Finished (dataset, tokenizer, settings, seed) units, one JSON file each, so that a stopped run can go on.
 
-    A key covers everything a figure depends on: the chunks themselves, the settings, seed, code and processor.
+    A key covers everything a figure depends on: the chunks themselves, the settings, seed, code, package versions,
+    threads and processor.
     """
 
     def __init__(self, folder: Path, *, fresh: bool = False) -> None:
@@ -154,8 +174,9 @@ class UnitStore:
         self.fresh = fresh
 
     def key(self, **facts: Any) -> str:
-        """Hash of the facts together with code, package versions and processor."""
-        body = {"schema": SCHEMA_VERSION, "code": code_hash(), "cpu": cpu_model(), **plain(facts)}
+        """Hash of the facts together with code, package versions, threads and processor."""
+        machine = {"cpu": cpu_model(), "packages": _versions(), "threads": _threads()}
+        body = {"schema": SCHEMA_VERSION, "code": code_hash(), **machine, **plain(facts)}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
 
     def get(self, key: str) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from actok.benchmark.measure import embodiment_for, measure
 from actok.benchmark.prepare import Prepared, prepare
 from actok.benchmark.report import write_report
-from actok.benchmark.results import FORMAT, SCHEMA_VERSION, UnitStore, plain, provenance, write_results
+from actok.benchmark.results import FORMAT, SCHEMA_VERSION, UnitStore, module_hash, plain, provenance, write_results
 from actok.benchmark.table import text_table
 from actok.core import ActionTokenizer, ActokError, ConfigError, MissingExtraError, find_preset, tokenizer_presets
 from actok.core.files import write_bytes
@@ -187,6 +187,7 @@ def _unit(dataset: Prepared, candidate: Candidate, store: UnitStore, seed: int) 
     key = store.key(
         dataset=dataset.key,
         target=None if preset is None else preset.target,
+        module=module_hash(preset.target.partition(":")[0] if preset else type(candidate.loaded).__module__),
         weights=None if weights is None else [weights.weights_hash, weights.embodiments],
         settings=settings,
         full=not candidate.sweep,

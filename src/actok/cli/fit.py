@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 __all__ = ["run"]
 
@@ -10,12 +12,16 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     """Fit on the training episodes, save, and say what was made."""
     from actok.core import parse_assignments
+    from actok.data import list_mixtures, load_mixture
     from actok.training import fit
 
     settings = parse_assignments(args.set)
+    data: Any = list(args.data)
+    if len(data) == 1 and (data[0].endswith(".toml") or (data[0] in list_mixtures() and not Path(data[0]).exists())):
+        data = load_mixture(data[0])
     tokenizer = fit(
         args.name,
-        list(args.data),
+        data,
         tolerance=args.tolerance,
         horizon=args.horizon,
         space=args.space,

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     v = verb("fit", "fit a tokenizer on a dataset's training episodes", "fit")
     v.add_argument("name", metavar="NAME", help="a tokenizer of `actok list`")
-    _data(v, many=True)
+    _data(v, many=True, more=", or one mixture (name or TOML)")
     v.add_argument("--out", required=True, metavar="DIR", help="folder to save the tokenizer in")
     _settings(v)
     v.add_argument("--tolerance", metavar="TEXT", help='search the coarsest setting within e.g. "2 mm, 1 deg" (p99)')
@@ -98,13 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data(v: argparse.ArgumentParser, *, many: bool) -> None:
+def _data(v: argparse.ArgumentParser, *, many: bool, more: str = "") -> None:
     v.add_argument(
         "--data",
         required=True,
         metavar="PATH",
         nargs="+" if many else None,
-        help="LeRobot, RLDS, HDF5 or npz folder or file, or Hub id" + ("; several allowed" if many else ""),
+        help="LeRobot, RLDS, HDF5 or npz folder or file, or Hub id" + ("; several allowed" if many else "") + more,
     )
     v.add_argument("--space", metavar="NAME_OR_TOML", help="action space of the data, where they do not tell")
 

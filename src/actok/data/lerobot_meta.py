@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actok.core import ActionSpace, DataError
+from actok.core import ActionSpace, ActokError, DataError
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 INFO = "meta/info.json"
@@ -100,6 +100,18 @@ class LeRobotMeta:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Raises DataError naming the file that is missing, damaged or contradictory."""
+        try:
+            return cls._load(root)
+        except ActokError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the metadata under {root / 'meta'} are not as LeRobot writes them ({type(error).__name__}: {error});"
+                " download the dataset's meta folder again"
+            ) from None
+
+    @classmethod
+    def _load(cls, root: Path) -> Self:
         path = root / INFO
         info = _read_json(path)
         version = str(info.get("codebase_version"))

@@ -9,7 +9,7 @@ A ratio weighs a *dataset*: it is drawn for a share ratio / (sum of ratios) of a
     name = "bridge"                                 # key of `locations`
     space = "bridge_widowx"                         # preset or path to a TOML file; optional, else inferred
     ratio = 1.0
-    hub_id = "user/name"                            # optional: where to find it if no location is given
+    source = "user/name"                            # Hub id, folder or file; a location given by the caller wins
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def load_mixture(name_or_toml: str | Path, locations: Mapping[str, str | Path] |
 
     Args:
         name_or_toml: e.g. "faster_s", or the path of a file.
-        locations: folder, file or Hub id of each dataset, by its name in the mixture; wins over the file's `hub_id`.
+        locations: folder, file or Hub id of each dataset, by its name in the mixture; wins over the file's `source`.
 
     Raises:
-        ConfigError: an unknown mixture, a malformed file, a dataset that has neither a location nor a hub_id, or a
+        ConfigError: an unknown mixture, a malformed file, a dataset that has neither a location nor a source, or a
             location for a dataset that is not in the mixture.
     """
     path = Path(name_or_toml)
@@ -125,21 +125,21 @@ def load_mixture(name_or_toml: str | Path, locations: Mapping[str, str | Path] |
     names = [t["name"] for t in tables]
     if foreign := sorted(set(given) - set(names)):
         raise ConfigError(f"mixture {path.stem!r} has no dataset {foreign[0]!r}; {suggest(foreign[0], names)}")
-    missing = [t["name"] for t in tables if t["name"] not in given and "hub_id" not in t]
+    missing = [t["name"] for t in tables if t["name"] not in given and "source" not in t]
     if missing:
         example = ", ".join(f'"{name}": "/path/to/it"' for name in missing)
         raise ConfigError(
             f"mixture {path.stem!r} does not know where {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'};"
-            f" pass locations={{{example}}}"
+            f" give source in a TOML file of your own, or pass locations={{{example}}}"
         )
     entries = []
     for table in tables:
         settings = dict(table)
-        hub_id = settings.pop("hub_id", None)
+        source = settings.pop("source", None)
         try:
-            entries.append(MixtureEntry(source=given.get(table["name"], hub_id), **settings))
+            entries.append(MixtureEntry(source=given.get(table["name"], source), **settings))
         except TypeError as error:
-            raise ConfigError(f"{path}: {error}; a dataset has name, space, ratio, hub_id") from None
+            raise ConfigError(f"{path}: {error}; a dataset has name, space, ratio, source") from None
     return Mixture(
         name=path.stem, entries=tuple(entries), summary=values.get("summary", ""), paper=values.get("paper", "")
     )

@@ -73,7 +73,7 @@ class RldsDataset(EpisodeDataset):
         """`source`: the folder of dataset_info.json, a tfrecord file, or a glob of such."""
         folder, shards = _find(Path(source))
         self.features = read_features(folder / "features.json")
-        info = _read_json(folder / "dataset_info.json") if (folder / "dataset_info.json").is_file() else {}
+        info, stated = _read_info(folder / "dataset_info.json")
         self.name = name or str(info.get("name") or shards[0].name.split(".")[0])
         self.action_keys = self._action_keys(folder)
         self._dim = sum(self.features[key].size for key in self.action_keys)
@@ -84,7 +84,7 @@ class RldsDataset(EpisodeDataset):
         self.splits: dict[str, range] = {}
         self.source_files = shards
         self._lengths: list[int] = []
-        self._index(shards, info, complete=Path(source) == folder)
+        self._index(shards, stated, complete=Path(source) == folder)
         if not self._records:
             raise DataError(f"dataset {self.name!r} is empty: {len(shards)} tfrecord files hold no record")
         self.lengths = np.array(self._lengths, np.int64)
@@ -121,12 +121,11 @@ class RldsDataset(EpisodeDataset):
             found += [short] if size == 1 else [f"{short}.{i}" for i in range(size)]
         return found
 
-    def _index(self, shards: list[Path], info: Mapping[str, Any], complete: bool) -> None:
+    def _index(self, shards: list[Path], stated: Mapping[str, list[int]], complete: bool) -> None:
         by_split: dict[str, list[Path]] = {}
         for shard in shards:
             match = _SHARD.fullmatch(shard.name)
             by_split.setdefault(match["split"] if match else shard.name, []).append(shard)
-        stated = {s["name"]: [int(n) for n in s.get("shardLengths", [])] for s in info.get("splits", [])}
         order = [*(s for s in stated if s in by_split), *(s for s in by_split if s not in stated)]
         bar = tqdm(total=len(shards), desc=self.name, unit="file", delay=2, leave=False)
         for split in order:
@@ -306,6 +305,18 @@ def read_features(path: Path) -> dict[str, TensorSpec]:
 
 def _shape(stored: Mapping[str, Any] | None) -> tuple[int, ...]:
     return tuple(int(n) for n in (stored or {}).get("dimensions", []))
+
+
+def _read_info(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """dataset_info.json, and the episodes of each shard that it states for each split; nothing where it is missing."""
+    info = _read_json(path) if path.is_file() else {}
+    try:
+        splits = info.get("splits", [])
+        return info, {str(s["name"]): [int(n) for n in s.get("shardLengths", [])] for s in splits}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is not as TFDS writes it ({type(error).__name__}: {error}); download it again"
+        ) from None
 
 
 def _read_json(path: Path) -> Any:

@@ -96,6 +96,16 @@ class Comparison:
         return self.present & ~self.normaliser.constant
 
     @cached_property
+    def executed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Reference and reconstruction [B, T, D] as the robot executes them: inside the limits that the space states.
+
+        A controller that clips at 1 does the same on 3.75 as on 1, so between them there is no physical error.
+        """
+        low = -np.inf if self.space.low is None else np.asarray(self.space.low)
+        high = np.inf if self.space.high is None else np.asarray(self.space.high)
+        return np.clip(self.reference, low, high), np.clip(self.reconstruction, low, high)
+
+    @cached_property
     def difference(self) -> np.ndarray:
         """[B, T, D] reconstruction - reference in normalised units; NaN where a chunk did not decode."""
         return (self.reconstruction - self.reference) / self.normaliser.half

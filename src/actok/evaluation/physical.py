@@ -118,15 +118,16 @@ def group_values(comparison: Comparison) -> tuple[GroupValues, ...]:
     Positions (and other groups in metres) are judged by Euclidean distance, rotations by the geodesic angle in their
     format, angular velocities by the Euclidean distance of their vectors, everything else dimension by dimension. The
     path of a delta or velocity group is `signal.conversions.accumulate` from the chunk's start. A chunk counts for a
-    group where all of its dimensions are present.
+    group where all of its dimensions are present. Commands are compared as they are executed (`Comparison.executed`).
     """
     c = comparison
+    reference, reconstruction = c.executed
     walked = path_space(c.space)
     paths: tuple[np.ndarray, np.ndarray] | None = None
     if any(c.space.incremental):
         # Chunks that did not decode count nowhere below; their place is filled so that the path stays finite.
-        safe = np.where(c.decoded[:, None, None], c.reconstruction, c.reference)
-        paths = accumulate(c.reference, c.space), accumulate(safe, c.space)
+        safe = np.where(c.decoded[:, None, None], reconstruction, reference)
+        paths = accumulate(reference, c.space), accumulate(safe, c.space)
     found = []
     for group, path_group in zip(c.space.groups, walked.groups, strict=True):
         rows = c.decoded & c.present[:, list(group.dims)].all(1)
@@ -142,7 +143,7 @@ def group_values(comparison: Comparison) -> tuple[GroupValues, ...]:
                 group=group,
                 measure=_measure(group),
                 unit=unit,
-                step=_distance(c.reference[rows], c.reconstruction[rows], group)[steps].reshape(-1),
+                step=_distance(reference[rows], reconstruction[rows], group)[steps].reshape(-1),
                 path=None if path is None else path.reshape(-1),
                 path_end=None if path_end is None else path_end.reshape(-1),
                 path_unit=None if path is None else path_unit,
@@ -204,9 +205,10 @@ def _worst(c: Comparison, groups: Sequence[ActionGroup], unit: str) -> np.ndarra
         return None
     factor = {"mm": 1e3, "deg": 180 / np.pi}[unit]
     worst = np.full(c.steps.shape, -np.inf)
-    safe = np.where(c.decoded[:, None, None], c.reconstruction, c.reference)
+    reference, reconstruction = c.executed
+    safe = np.where(c.decoded[:, None, None], reconstruction, reference)
     for group in groups:
-        error = _distance(c.reference, safe, group) / factor
+        error = _distance(reference, safe, group) / factor
         error = error.max(2) if error.ndim == 3 else error
         present = c.present[:, list(group.dims)].all(1, keepdims=True)
         worst = np.where(present, np.maximum(worst, error), worst)

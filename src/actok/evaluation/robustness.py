@@ -52,10 +52,10 @@ def noise_stability(
     """Token error rate under input noise, as X-Tokenizer reports it ("WER" of the codes).
 
     Noise is drawn in units of `normaliser`, the benchmark's own, independently for every value (padding is refilled by
-    `encode`). The same draw is scaled to each sigma.
+    `encode`). The same draw is scaled to each sigma. A constant dimension has no such unit and gets no noise.
     """
     clean = tokenizer.encode(np.asarray(actions, np.float32), context)
-    draw = np.random.default_rng(seed).standard_normal(actions.shape) * normaliser.half
+    draw = np.random.default_rng(seed).standard_normal(actions.shape) * np.where(normaliser.constant, 0.0, normaliser.half)
     rates = []
     for s in sigma:
         noisy = tokenizer.encode((actions + s * draw).astype(np.float32), context)

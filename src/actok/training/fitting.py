@@ -12,6 +12,7 @@ import numpy as np
 from actok.core import (
     ActionSpace,
     ActionTokenizer,
+    ConfigError,
     FitPart,
     as_float_batch,
     build_config,
@@ -21,7 +22,7 @@ from actok.core import (
 )
 from actok.core.arrays import is_torch
 from actok.core.registry import load_target
-from actok.data import Chunks, FrameCache, open_dataset, split_dataset
+from actok.data import Chunks, FrameCache, Mixture, open_dataset, split_dataset
 from actok.signal.sketch import StatisticsAccumulator
 from actok.training.tolerance import Tolerance, search
 
@@ -95,14 +96,17 @@ def fit(
     """Fit a tokenizer on a user's data.
 
     Episodes are split 80/10/10 by `seed`; fitting sees the training episodes only. An array of chunks is fitted on as a
-    whole, unless a tolerance asks for a split of its chunks. With `tolerance` the preset's sweep is searched from coarse to fine: the first setting whose error on the validation episodes is within it is taken, and
-    its error on the test episodes stands in the artifact's meta.
+    whole, unless a tolerance asks for a split of its chunks. With `tolerance` the preset's sweep is searched from coarse
+    to fine: the first setting whose error on the validation episodes is within it is taken, and its error on the test
+    episodes stands in the artifact's meta.
 
     Args:
         name: a preset (`actok.list_tokenizers()`).
-        data: float array [B, T, D] of chunks; a folder, file or Hub id; or a list of these (one embodiment each).
+        data: float array [B, T, D] of chunks; a folder, file or Hub id; a list of these (one embodiment each); or a
+            `Mixture`, whose ratios then say how many training chunks each of its datasets gives.
         tolerance: e.g. "2 mm, 1 deg" or "0.02 raw, p95", by default at the 99th percentile; see `Tolerance.parse`.
-        horizon: T; default one second of control (`ActionSpace.default_horizon`). Ignored for an array of chunks.
+        horizon: T; default one second of control (`ActionSpace.default_horizon`), where all datasets agree on it.
+            Ignored for an array of chunks.
         space: action space preset, TOML file or object; needed where the data do not tell.
         seed: of the split and of subsampling.
         max_chunks: a larger training set is subsampled to this many chunks, evenly over all.
@@ -113,11 +117,20 @@ def fit(
         from the space. ToleranceError: no setting of the sweep meets the tolerance (the message says how near).
     """
     find_preset(name)
+    ratios = None
+    if isinstance(data, Mixture):
+        ratios, data = data.ratios, data.open()
     sources = data if isinstance(data, (list, tuple)) and data and not isinstance(data[0], np.ndarray) else [data]
     options: dict[str, Any] = {"horizon": horizon, "space": space, "seed": seed, "max_chunks": max_chunks}
     materials = [
         load_material(source, hold_out=tolerance is not None or not _is_array(source), **options) for source in sources
     ]
+    horizons = {m.origin["name"]: m.origin["horizon"] for m in materials}
+    if len(set(horizons.values())) > 1:
+        found = ", ".join(f"{steps} ({dataset})" for dataset, steps in horizons.items())
+        raise ConfigError(f"the datasets' horizons differ: {found}; name one for all with horizon (--horizon)")
+    if ratios is not None:
+        materials = _in_ratio(materials, ratios, max_chunks)
     materials = _one_normaliser_each(_one_name_one_space(materials))
     parts = [m.train for m in materials]
     meta: dict[str, Any] = {
@@ -130,6 +143,22 @@ def fit(
         bound = Tolerance.parse(tolerance)
         tokenizer, meta["tolerance"] = search(name, materials, bound, settings, fit_parts)
     return tokenizer.with_meta(meta)
+
+
+def _in_ratio(materials: Sequence[Material], ratios: Sequence[float], max_chunks: int) -> list[Material]:
+    """Training chunks in the ratios of a mixture, as many in all as there are (at most `max_chunks`).
+
+    A dataset with more chunks than its share is thinned evenly, one with fewer gives each of them more than once.
+    """
+    total = min(max_chunks, sum(len(m.train.actions) for m in materials))
+    found = []
+    for material, ratio in zip(materials, ratios, strict=True):
+        part, share = material.train, max(1, round(total * ratio / sum(ratios)))
+        rows = np.linspace(0, len(part.actions) - 1, share).round().astype(np.int64)
+        pad = None if part.pad_mask is None else part.pad_mask[rows]
+        train = replace(part, actions=part.actions[rows], pad_mask=pad)
+        found.append(replace(material, train=train, origin={**material.origin, "train_chunks": share, "ratio": ratio}))
+    return found
 
 
 def _one_name_one_space(materials: Sequence[Material]) -> list[Material]:
