@@ -11,7 +11,7 @@ import pytest
 import actok.benchmark.suite as suite
 from actok.benchmark import read_results, run_benchmark, text_table
 from actok.benchmark.prepare import prepare
-from actok.benchmark.results import FORMAT, UnitStore, plain
+from actok.benchmark.results import FORMAT, UnitStore, module_hash, plain
 from actok.benchmark.table import WIDTH, number
 from actok.core import ActionGroup, ActionSpace, ConfigError, DataError, FitPart
 from actok.evaluation.metrics import TOLERANCES
@@ -203,6 +203,24 @@ def test_a_damaged_unit_is_measured_again(tmp_path):
     assert store.get(key) == {"status": "ok"}
     (tmp_path / f"{key}.json").write_text('{"status": ')
     assert store.get(key) is None
+
+
+def test_a_unit_is_stale_under_other_packages_threads_or_module(tmp_path, monkeypatch):
+    store = UnitStore(tmp_path)
+    before = store.key(dataset="d")
+    assert store.key(dataset="d") == before
+    monkeypatch.setenv("OMP_NUM_THREADS", "23")
+    threads = store.key(dataset="d")
+    monkeypatch.setattr("actok.benchmark.results.importlib.metadata.version", lambda name: "0.0")
+    assert len({before, threads, store.key(dataset="d")}) == 3
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "somebodys_codec.py").write_text("x = 1")
+    one = module_hash("somebodys_codec")
+    (tmp_path / "somebodys_codec.py").write_text("x = 2")
+    assert one
+    assert module_hash("somebodys_codec") not in (one, None)
+    assert module_hash("no_such_package.codec") is None
 
 
 def test_saved_and_fitted_tokenizers_are_judged_too(episodes, tmp_path):

@@ -6,7 +6,7 @@ from scipy.spatial.transform import Rotation
 
 from actok.core import ActionGroup, ActionSpace
 from actok.evaluation.comparison import Comparison
-from actok.evaluation.physical import group_errors, group_values, reported_unit
+from actok.evaluation.physical import group_errors, group_values, position_error, reported_unit
 from actok.signal.normalise import Normaliser
 
 B, T = 3, 5
@@ -36,6 +36,17 @@ def test_position_is_euclidean_in_millimetres():
     assert found.step.mean == pytest.approx(distance.mean())
     assert found.step.p95 == pytest.approx(np.quantile(distance, 0.95))
     assert found.step.maximum == pytest.approx(distance.max())
+
+
+def test_commands_beyond_the_limits_are_compared_as_executed():
+    groups = (ActionGroup(name="g", kind="position", dims=(0,), mode="delta", unit="m", scale=0.05),)
+    space = ActionSpace(embodiment="e", dim=1, groups=groups, low=(-1.0,), high=(1.0,))
+    reference = np.array([[[3.75], [-3.75], [0.5]]])
+    comparison = compare(space, reference, np.array([[[1.0], [-0.9], [0.5]]]))
+    (found,) = group_errors(comparison)
+    assert found.step.maximum == pytest.approx(5.0)  # (1 - 0.9) x 50 mm; 3.75 and 1 move the arm alike
+    assert found.path.maximum == pytest.approx(5.0)
+    np.testing.assert_allclose(position_error(comparison), [[0, 0.005, 0]], atol=1e-12)
 
 
 def test_unknown_scale_is_raw_never_millimetres():

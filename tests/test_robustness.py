@@ -81,6 +81,24 @@ def test_noise_rate_counts_changed_positions_and_grows(bins, chunks):
     assert found == noise_stability(bins, chunks, normaliser, ChunkContext(), sigma=sigma, seed=3)
 
 
+def test_a_constant_dimension_gets_no_noise(chunks):
+    still = chunks.copy()
+    still[:, :, 1] = 7.0
+    with pytest.warns(UserWarning, match="never changes"):
+        tokenizer = BinsTokenizer.fit([FitPart(actions=still, space=ActionSpace.raw(D))], BinsConfig(bins=K))
+    seen = []
+
+    class Watched:
+        def encode(self, actions, context):
+            seen.append(actions[:, :, 1])
+            return tokenizer.encode(actions, context)
+
+    normaliser = Normaliser.make("quantile", Statistics.from_array(still))
+    noise_stability(Watched(), still, normaliser, ChunkContext(), sigma=(0.5,))
+    assert len(seen) == 2
+    assert all((x == 7.0).all() for x in seen)
+
+
 def compare(tokenizer, chunks) -> tuple[Tokens, Comparison]:
     tokens = tokenizer.encode(chunks)
     clean = Comparison(

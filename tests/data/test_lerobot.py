@@ -463,6 +463,30 @@ def test_damaged_json_is_an_actok_error(folder):
         open_dataset(folder)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ((), []),
+        (("features", "action"), []),
+        (("features", "action", "shape"), ["x"]),
+        (("data_path",), 7),
+    ],
+)
+def test_metadata_of_the_wrong_form_name_their_folder(folder, path, value):
+    info = json.loads((folder / "meta/info.json").read_text())
+    if path:
+        node = info
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = value
+    else:
+        info = value
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"meta are not as LeRobot writes them .* download") as caught:
+        open_dataset(folder)
+    assert "\n" not in str(caught.value)
+
+
 # -- real data ----------------------------------------------------------------------------------------------------------
 
 

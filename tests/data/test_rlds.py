@@ -305,6 +305,14 @@ def test_missing_and_contradictory_files(tmp_path):
         open_dataset(folder)
 
 
+@pytest.mark.parametrize("info", [[], {"splits": 3}, {"splits": [{}]}, {"splits": [{"name": "a", "shardLengths": 1}]}])
+def test_dataset_info_of_the_wrong_form_is_named(tmp_path, info):
+    folder = write(tmp_path / "set", make_steps())
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"dataset_info\.json is not as TFDS writes it .* download it again"):
+        open_dataset(folder)
+
+
 def test_empty_and_wrong_contents(tmp_path):
     empty = write(tmp_path / "empty", make_steps(), shards=((), ()))
     with pytest.raises(DataError, match="is empty"):

@@ -144,7 +144,7 @@ class LeRobotMeta:
             root=root,
             version=version,
             fps=fps,
-            robot=info.get("robot_type") or None,
+            robot=str(info.get("robot_type") or "") or None,
             features=features,
             action_key=action_key,
             state_key=next((key for key in STATE_KEYS if key in features), None),

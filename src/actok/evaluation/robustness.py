@@ -55,7 +55,9 @@ def noise_stability(
     `encode`). The same draw is scaled to each sigma. A constant dimension has no such unit and gets no noise.
     """
     clean = tokenizer.encode(np.asarray(actions, np.float32), context)
-    draw = np.random.default_rng(seed).standard_normal(actions.shape) * np.where(normaliser.constant, 0.0, normaliser.half)
+    draw = np.random.default_rng(seed).standard_normal(actions.shape) * np.where(
+        normaliser.constant, 0.0, normaliser.half
+    )
     rates = []
     for s in sigma:
         noisy = tokenizer.encode((actions + s * draw).astype(np.float32), context)
