@@ -122,19 +122,57 @@ def page(name: str, results: Mapping[str, Any]) -> str:
 
 
 def speed_page(fast_plus: list[str]) -> str:
-    """What the speed benchmarks print, one thread each; the same as JSON beside the page."""
+    """What the speed benchmarks measure, one thread each; their JSON is written beside the page."""
+    fast = measured("fast_speed", ["--published", *fast_plus] if fast_plus else [])
+    chunks = measured("chunk_speed", [])
+    rows = []
+    for name, figures in fast["results"].items():
+        for how, key in (("batch of 512", "batch"), ("one chunk", "single_chunk")):
+            times = figures[f"{key}_microseconds_per_chunk" if key == "batch" else f"{key}_microseconds"]
+            rows += [
+                f"| {name}: {what}, {how} | {times[f'{what}_published']:.0f} | {times[what]:.1f}"
+                f" | {figures[f'{key}_ratio'][what]:.1f} |"
+                for what in ("encode", "decode")
+            ]
+    c = fast["conditions"]
+    return "\n".join(
+        [
+            "# Speed",
+            "",
+            "Made by `make results`, one thread.",
+            "",
+            "## FAST against the published algorithm",
+            "",
+            f"Microseconds per chunk at T = {c['T']}, D = {c['D']}, in one run, with identical ids; what is compared is told in"
+            " [FAST](../tokenizers/fast.md#speed). `python benchmarks/fast_speed.py --published FOLDER`,"
+            " [JSON](fast_speed.json).",
+            "",
+            "| | published | here | ratio |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"{c['cpu']}, Python {c['python']}, tokenizers {c['tokenizers']}, commit {c['commit']}.",
+            "",
+            "## Chunks from a memory-mapped cache",
+            "",
+            f"{chunks['chunks_per_second']:,} chunks/s of T = {chunks['horizon']}, D = {chunks['data']['dimensions']}, drawn"
+            f" at random in batches of {chunks['batch_size']} from {chunks['data']['frames']:,} frames; statistics at"
+            f" {chunks['statistics_frames_per_second']:,} frames/s. `python benchmarks/chunk_speed.py`,"
+            " [JSON](chunk_speed.json).",
+            "",
+        ]
+    )
+
+
+def measured(script: str, options: list[str]) -> dict[str, Any]:
+    """Run a benchmark on one thread; keep and return its JSON."""
+    print(f"== {script}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    text = "# Speed\n\nOne thread. Made by `make results`, which runs the commands below.\n"
-    for script, options in (("fast_speed", ["--published", *fast_plus] if fast_plus else []), ("chunk_speed", [])):
-        print(f"== {script}", flush=True)
-        command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
-        write_bytes(PAGES / f"{script}.json", done.stdout)
-        shown = " ".join(
-            ["python", f"benchmarks/{script}.py", *(o if o.startswith("-") else "FOLDER" for o in options)]
-        )
-        text += f"\n## `{shown}`\n\n```json\n{done.stdout.strip()}\n```\n"
-    return text
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
+    write_bytes(PAGES / f"{script}.json", done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def tolerance_page(sources: Mapping[str, tuple[str, str | None]]) -> str:
