@@ -115,6 +115,16 @@ def test_a_failing_tokenizer_is_recorded_and_the_rest_goes_on(run):
     assert unit(results, "coarse")["status"] == "ok"
 
 
+def test_ctrl_c_inside_compiled_code_ends_the_run():
+    """Numba turns a KeyboardInterrupt into a SystemError, which is no failure of the tokenizer."""
+
+    def work():
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        suite._attempt(work)
+
+
 def test_table_is_readable(run):
     out, results = run
     text = (out / "table.txt").read_text()
@@ -221,6 +231,13 @@ def test_a_unit_is_stale_under_other_packages_threads_or_module(tmp_path, monkey
     assert one
     assert module_hash("somebodys_codec") not in (one, None)
     assert module_hash("no_such_package.codec") is None
+
+
+@pytest.mark.parametrize("given", [{}, [], {"env": "metaworld"}])
+def test_something_else_than_replay_results_is_refused_before_measuring(episodes, tmp_path, given):
+    with pytest.raises(ConfigError, match=r"have no '.*'; give the replay\.json"):
+        run_benchmark([episodes], ["bins"], tmp_path / "out", spaces=SPACE, replay=given, **SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_saved_and_fitted_tokenizers_are_judged_too(episodes, tmp_path):

@@ -117,6 +117,8 @@ def test_a_stale_cache_is_rebuilt(tmp_path):
     os.utime(source, ns=(1, 1))
     rebuilt = FrameCache.build(dataset, tmp_path / "cache")
     assert np.array_equal(rebuilt.actions, np.concatenate(dataset.actions))
+    dataset.tasks = ["push"] * len(dataset)
+    assert set(FrameCache.build(dataset, tmp_path / "cache").tasks) == {"push"}
     dataset.space = replace(SPACE, embodiment="renamed")
     assert FrameCache.build(dataset, tmp_path / "cache").space.embodiment == "renamed"
     assert FrameCache.build(dataset, tmp_path / "cache", rate_hz=22.0).space.rate_hz == 22.0

@@ -109,6 +109,25 @@ def test_files_of_a_folder_are_joined_where_they_agree(tmp_path):
         open_dataset(folder)
 
 
+@pytest.mark.parametrize("part", ["demo", "actions", "env_args", "num_samples"])
+def test_another_layout_is_named(tmp_path, part):
+    path = tmp_path / "odd.hdf5"
+    with h5py.File(path, "w") as stored:
+        root = stored.create_group("data")
+        if part == "demo":
+            root["demo_0"] = np.zeros((3, 7))
+        elif part == "actions":
+            root.create_group("demo_0/actions")
+        else:
+            root["demo_0/actions"] = np.zeros((3, 7))
+        if part == "env_args":
+            root.attrs["env_args"] = '{"env_kwargs": {"control_freq": "fast"}}'
+        elif part == "num_samples":
+            root["demo_0"].attrs["num_samples"] = "three"
+    with pytest.raises(DataError, match=r"odd\.hdf5 is not laid out as robomimic.*correct the file"):
+        open_dataset(path)
+
+
 def test_damage(tmp_path):
     path = write(tmp_path / "x.hdf5")
     with h5py.File(path, "r+") as file:

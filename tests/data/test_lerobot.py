@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from actok.core import ActionGroup, ActionSpace, ActokError, ConfigError, DataError, SpaceMismatchError
 from actok.data import Episode, open_dataset, write_lerobot
+from actok.data.chunks import FrameCache
 from actok.data.lerobot_meta import to_matrix
+from actok.data.lerobot_read import LeRobotFolder
 from actok.data.lerobot_tables import SPOKEN
 from realdata import REAL, needs_real
 
@@ -485,6 +487,15 @@ def test_metadata_of_the_wrong_form_name_their_folder(folder, path, value):
     with pytest.raises(DataError, match=r"meta are not as LeRobot writes them .* download") as caught:
         open_dataset(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_tells_selections_apart(tmp_path):
+    actions = np.random.default_rng(0).normal(size=(4, 7, 3)).astype(np.float32)
+    folder = write_lerobot([Episode(index=i, actions=a) for i, a in enumerate(actions)], tmp_path / "set", space=SPACE)
+    for chosen in ([0, 1], [2, 3], [1, 0]):
+        dataset = LeRobotFolder(folder, episodes=chosen)
+        found = FrameCache.build(dataset, tmp_path / "cache").actions
+        np.testing.assert_array_equal(found, actions[chosen].reshape(-1, 3))
 
 
 # -- real data ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from actok.benchmark.report import write_report
 from actok.benchmark.results import FORMAT, SCHEMA_VERSION, UnitStore, module_hash, plain, provenance, write_results
 from actok.benchmark.table import text_table
 from actok.core import ActionTokenizer, ActokError, ConfigError, MissingExtraError, find_preset, tokenizer_presets
+from actok.core.errors import follows_interrupt
 from actok.core.files import write_bytes
 from actok.evaluation.metrics import TOLERANCES
 from actok.training import fit_parts, load
@@ -118,6 +119,7 @@ def run_benchmark(
     out = Path(out_dir)
     if not data or not tokenizers:
         raise ConfigError(f"{len(data)} datasets and {len(tokenizers)} tokenizers are given; give at least one of each")
+    _check_replay(replay)
     candidates = [Candidate.of(given) for given in tokenizers]
     labels = [c.label for c in candidates]
     if repeated := {n for n in labels if labels.count(n) > 1}:
@@ -220,6 +222,8 @@ def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         except ActokError as error:
             found = {"status": "error", "error": str(error)}
         except Exception as error:  # a third party's tokenizer may fail in any way; the others must still be measured
+            if follows_interrupt(error):
+                raise KeyboardInterrupt from error
             found = {"status": "error", "error": f"{type(error).__name__}: {error}"}
     return {**found, "warnings": sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})}
 
@@ -262,6 +266,16 @@ def _fitted(dataset: Prepared, candidate: Candidate) -> ActionTokenizer:
         return candidate.loaded
     tokenizer: ActionTokenizer = fit_parts(candidate.source, [dataset.held_out.train], **candidate.settings)
     return tokenizer
+
+
+def _check_replay(given: Any) -> None:
+    """Refuse what is no result of `actok replay` before anything is measured."""
+    if given is None or isinstance(given, str):
+        return
+    needed = ("env", "horizon", "episodes", "tokenizers", "paired")
+    missing = [k for k in needed if k not in given] if isinstance(given, Mapping) else list(needed)
+    if missing:
+        raise ConfigError(f"the replay results have no {missing[0]!r}; give the replay.json that `actok replay` writes")
 
 
 def _replay(

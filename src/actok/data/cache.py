@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from actok.core import ActionSpace, ActokError, DataError, SpaceMismatchError
@@ -45,9 +46,9 @@ class FrameCache:
 
     name: str
     space: ActionSpace
-    actions: np.ndarray
-    proprio: np.ndarray | None
-    offsets: np.ndarray
+    actions: Float[np.ndarray, "N D"]
+    proprio: Float[np.ndarray, "N P"] | None
+    offsets: Int[np.ndarray, "_"]
     tasks: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -55,7 +56,7 @@ class FrameCache:
         return len(self.actions)
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> Int[np.ndarray, "_"]:
         """int64 [E] frames of each episode."""
         return np.diff(self.offsets)
 
@@ -66,8 +67,8 @@ class FrameCache:
         """Read every episode once, resampled to `rate_hz` where one is given (see `actok.data.resample`).
 
         With a folder the arrays are written there and memory-mapped; a later call with the same data returns what is
-        there without reading an episode. The folder knows its data by action space, rate, episode lengths and the size
-        and modification time of the source files (by the values themselves where there are no files); where any of
+        there without reading an episode. The folder knows its data by action space, rate, episode lengths, tasks, the
+        selection of episodes and the size and modification time of the source files (by the values themselves where there are no files); where any of
         them differs, it is rebuilt. It appears by one rename, so a half-written cache never exists under its name.
 
         Raises:
@@ -167,7 +168,7 @@ class FrameCache:
             accumulator.update(block)
         return accumulator
 
-    def check_episodes(self, episodes: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    def check_episodes(self, episodes: Sequence[int] | np.ndarray | None) -> Int[np.ndarray, "_"]:
         """Episode indices as int64, all where None. Raises DataError naming the first that does not exist."""
         count = len(self.offsets) - 1
         if episodes is None:
@@ -182,7 +183,7 @@ class FrameCache:
             raise DataError(f"episode {chosen[outside][0]} does not exist; {self.name!r} has 0..{count - 1}")
         return chosen.astype(np.int64)
 
-    def _blocks(self, episodes: np.ndarray) -> Iterator[np.ndarray]:
+    def _blocks(self, episodes: Int[np.ndarray, "_"]) -> Iterator[Float[np.ndarray, "_ D"]]:
         """The episodes' frames in blocks [<= BLOCK, D]; neighbours are read together, in the order of the file."""
         pending: list[np.ndarray] = []
         held = 0
@@ -207,7 +208,7 @@ def _fill(
     cls: type[FrameCache],
     dataset: EpisodeDataset,
     space: ActionSpace,
-    lengths: np.ndarray,
+    lengths: Int[np.ndarray, "_"],
     rate_hz: float | None,
     folder: Path | None,
 ) -> FrameCache:
@@ -215,7 +216,7 @@ def _fill(
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
 
-    def allocate(name: str, width: int) -> np.ndarray:
+    def allocate(name: str, width: int) -> Float[np.ndarray, "_ {width}"]:
         shape = (int(offsets[-1]), width)
         if folder is None:
             return np.empty(shape, np.float32)
@@ -252,7 +253,7 @@ def _fill(
     return cls(name=dataset.name, space=space, actions=actions, proprio=proprio, offsets=offsets, tasks=tuple(tasks))
 
 
-def _states_at(count: int, from_hz: float | None, to_hz: float) -> np.ndarray:
+def _states_at(count: int, from_hz: float | None, to_hz: float) -> Int[np.ndarray, "_"]:
     """Index of the last state recorded at or before each new step.
 
     A state may hold anything (quaternions, angles that wrap, contact flags), so it is never interpolated.
@@ -287,7 +288,7 @@ def _check(episode: Episode, dataset: EpisodeDataset, index: int) -> None:
 
 
 def _fingerprint(dataset: EpisodeDataset, space: ActionSpace, rate_hz: float | None) -> str:
-    """sha256 of what a cache depends on: space, rate, lengths, and files (by size and time) or values."""
+    """sha256 of what a cache depends on: space, rate, lengths, tasks, and files (by size and time) or values."""
     files: list[Any] = []
     for path in sorted(Path(p).absolute() for p in dataset.source_files):
         try:
@@ -297,7 +298,9 @@ def _fingerprint(dataset: EpisodeDataset, space: ActionSpace, rate_hz: float | N
                 f"{path} of dataset {dataset.name!r} cannot be read ({error.strerror}); copy it again"
             ) from None
         files.append([str(path), status.st_size, status.st_mtime_ns])
-    body = [FORMAT, VERSION, dataset.name, space.to_dict(), rate_hz, np.asarray(dataset.lengths).tolist(), files]
+    chosen = None if dataset.selection is None else [int(i) for i in dataset.selection]
+    episodes = [np.asarray(dataset.lengths).tolist(), list(dataset.tasks or ()), chosen]
+    body = [FORMAT, VERSION, dataset.name, space.to_dict(), rate_hz, episodes, files]
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode())
     if not files:
         for episode in dataset:

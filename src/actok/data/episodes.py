@@ -61,6 +61,7 @@ class EpisodeDataset(ABC):
             dataset names none, or could only by reading every episode.
         source_files: every file that the actions and states come from, so that a cache knows when it is stale; empty
             where the data live in memory (a cache then hashes the values).
+        selection: which episodes of these files they are, so that a cache tells two selections apart; None: all.
     """
 
     name: str
@@ -69,6 +70,7 @@ class EpisodeDataset(ABC):
     lengths: np.ndarray
     tasks: Sequence[str] | None = None
     source_files: Sequence[Path] = ()
+    selection: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from actok.core import ActionSpace, DataError, MissingExtraError, SpaceMismatchError
+from actok.core import ActionSpace, ActokError, DataError, MissingExtraError, SpaceMismatchError
 from actok.data.episodes import Episode, EpisodeDataset, require_finite
 from actok.data.resolve import common_rate, resolve_space
 
@@ -145,7 +145,7 @@ class _File:
 
     @contextmanager
     def open(self) -> Any:
-        """The file, with h5py's errors as DataError."""
+        """The file, with the errors of h5py and of an unknown layout inside as DataError."""
         try:
             import h5py
         except ImportError:
@@ -153,6 +153,13 @@ class _File:
         try:
             with h5py.File(self.path, "r") as stored:
                 yield stored
+        except ActokError:
+            raise
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.path} is not laid out as robomimic, LIBERO and robosuite do ({type(error).__name__}: {error});"
+                " correct the file"
+            ) from None
         except (OSError, RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(

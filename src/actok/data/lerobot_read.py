@@ -57,6 +57,7 @@ class LeRobotFolder(EpisodeDataset):
         self.name = name or Path(root).resolve().name
         self._chosen = self._choose(episodes)
         self.lengths = meta.lengths[self._chosen]
+        self.selection = None if episodes is None else self._chosen.tolist()
         shape = meta.features[meta.action_key].get("shape") or [1]
         self.space, self.space_origin = resolve_space(
             space,
