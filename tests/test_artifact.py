@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import actok
-from actok.core import ActionSpace, ArtifactError, FitPart
+from actok.core import ActionSpace, ArtifactError, DataError, FitPart, SpaceMismatchError
 from actok.core import artifact as artifact_module
 from actok.core.artifact import read_artifact, write_artifact
 from actok.signal.statistics import Statistics
@@ -50,12 +50,48 @@ def test_a_folder_of_something_else_is_not_overwritten(tokenizer, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_another_models_folder_is_not_overwritten(tokenizer, tmp_path):
+    model = {"config.json": '{"model_type": "llama"}', "model.safetensors": "weights"}
+    for name, text in model.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ArtifactError, match=r"config\.json' and no tokenizer"):
+        tokenizer.save_pretrained(tmp_path)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == model
+
+
+def test_saving_through_a_link_keeps_the_link(tokenizer, tmp_path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    for _ in range(2):
+        tokenizer.save_pretrained(link)
+        assert link.is_symlink()
+        assert actok.load(tmp_path / "real").weights_hash == tokenizer.weights_hash
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_another_tokenizer_leaves_nothing_of_the_one_before(tokenizer, tmp_path):
+    actions = np.random.default_rng(0).uniform(-1, 1, (60, 5, 3)).astype(np.float32)
+    folder = fit_parts("fast", [FitPart(actions=actions, space=ActionSpace.raw(3, "arm"))]).save_pretrained(tmp_path)
+    assert (folder / "tokenizer.json").exists()
+    tokenizer.save_pretrained(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_adapt_keeps_the_weights_hash(tokenizer):
     other = np.random.default_rng(1).uniform(-9, 9, (11, 5, 3))
     adapted = tokenizer.adapt(ActionSpace.raw(3, "other"), Statistics.from_array(other))
     assert adapted.weights_hash == tokenizer.weights_hash
     assert list(adapted.spaces) == ["arm", "other"]
     assert list(tokenizer.spaces) == ["arm"]
+
+
+def test_adapt_never_replaces_an_embodiment(tokenizer):
+    statistics = Statistics.from_array(np.random.default_rng(1).uniform(-9, 9, (11, 5, 3)))
+    with pytest.raises(SpaceMismatchError, match="'arm' is already known"):
+        tokenizer.adapt(ActionSpace.raw(3, "arm"), statistics)
+    with pytest.raises(DataError, match=r"ndarray; give .*Statistics"):
+        tokenizer.adapt(ActionSpace.raw(3, "other"), np.zeros((5, 3)))
 
 
 def test_edited_config_is_refused(folder):

@@ -170,6 +170,9 @@ def test_errors_name_the_value_and_the_remedy(place, capsys):
         (["fit", "fast", "--data", str(place / "none"), "--out", str(place / "z")], "none"),
         (["fit", "fast", "--data", str(place / "demos.npz"), "--space", "widow", "--out", str(place / "z")], "widow"),
         (["fit", "fast", *data(place), "--out", str(place / "z"), "--horizon", "0"], "horizon is 0"),
+        (["fit", "fast", *data(place), "--out", str(place / "z"), "--set", "horizon=5"], "give --horizon"),
+        (["fit", "fast", *data(place), "--out", "/proc/z"], "/proc/"),
+        (["encode", str(place / "tok"), *data(place), "--out", str(place)], "name a file"),
         (["encode", str(place / "none"), *data(place), "--out", str(place / "t")], "does not exist"),
         (
             ["decode", str(place / "tok"), "--tokens", str(place / "demos.npz"), "--out", str(place / "t")],
@@ -181,6 +184,18 @@ def test_errors_name_the_value_and_the_remedy(place, capsys):
     for arguments, words in cases:
         assert words in fails(arguments, capsys), arguments
     assert not (place / "z").exists()
+
+
+def test_ctrl_c_inside_compiled_code_is_an_interruption(place, capsys, monkeypatch):
+    """Numba turns a KeyboardInterrupt into a SystemError."""
+    from actok import training
+
+    def fit(*_, **__):
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    monkeypatch.setattr(training, "fit", fit)
+    assert main(["fit", "fast", *data(place), "--out", str(place / "z")]) == 130
+    assert capsys.readouterr().err == "actok: interrupted; no file was left half-written\n"
 
 
 def test_debug_shows_the_traceback(place):

@@ -225,6 +225,14 @@ def test_other_horizons(tokenizer, horizon):
     np.testing.assert_array_equal(again.actions, out.actions)
 
 
+def test_a_horizon_of_zero_is_refused_and_no_sequence_gives_no_chunk(tokenizer):
+    actions = chunks(B, 23)
+    context = context_of(tokenizer, actions)
+    with pytest.raises(DataError, match="horizon is 0"):
+        tokenizer.decode(tokenizer.encode(actions, context), horizon=0)
+    assert tokenizer.decode([], context_of(tokenizer, actions[:0])).actions.shape == (0, *actions.shape[1:])
+
+
 def test_ordered_layouts_do_not_get_worse_with_more_tokens(tokenizer):
     prefixes = tokenizer.layout.prefixes
     if not prefixes:

@@ -56,7 +56,9 @@ def test_parse(text, bounds, percentile):
     assert Tolerance.parse(tolerance) is tolerance
 
 
-@pytest.mark.parametrize("text", ["", "2", "mm", "2 inches", "-1 mm", "0 mm", "p99", "2 mm, p101", 3, {"mm": "x"}])
+@pytest.mark.parametrize(
+    "text", ["", "2", "mm", "2 inches", "-1 mm", "0 mm", "p99", "2 mm, p101", 3, {"mm": "x"}, {"mm": np.nan}]
+)
 def test_what_cannot_be_parsed_says_how_to_write_it(text):
     with pytest.raises(ConfigError, match="tolerance"):
         Tolerance.parse(text)
@@ -130,6 +132,37 @@ def test_a_setting_that_the_data_rule_out_is_passed_over(monkeypatch):
 def test_a_bound_in_a_unit_the_space_lacks_is_refused():
     with pytest.raises(ConfigError, match="measured in raw"):
         fit("bins", [episodes(60, 4)], tolerance="2 mm")
+
+
+def test_a_bound_on_nothing_is_said():
+    with pytest.warns(UserWarning, match="nothing of arrays is measured in deg, but in fraction, mm"):
+        fit("bins", [episodes(60, 4)], space=ARM, tolerance="20 mm, 1 deg")
+
+
+def test_what_the_user_sets_is_searched_once():
+    """Settings of the sweep that the user has fixed drop out of it, and what is left of it is tried once each."""
+    report = fit("beast", [episodes(60, 4)], space=ARM, tolerance="1 mm", bins=256).meta["tolerance"]
+    tried = [t["setting"] for t in report["tried"]]
+    assert [t["bases"] for t in tried] == [5, 7, 10, 15, 20, 30, 50][: len(tried)]
+    assert all(t["bins"] == 256 for t in tried)
+
+
+def test_datasets_of_one_name_are_reported_each():
+    report = fit("bins", [episodes(60, 4), episodes(60, 4, 1)], space=ARM, tolerance="20 mm").meta["tolerance"]
+    assert list(report["validation"]) == [f"arrays#{n}/{group}" for n in (1, 2) for group in ("position", "gripper")]
+
+
+def test_a_list_of_arrays_is_episodes_or_datasets_by_their_axes():
+    torch = pytest.importorskip("torch")
+    one, two = (np.random.default_rng(s).uniform(-1, 1, (11, 5, 3)).astype(np.float32) for s in (0, 1))
+    for make in (np.asarray, torch.from_numpy):
+        datasets = fit("bins", [make(one), make(two)])
+        assert [d["frames"] for d in datasets.meta["data"]] == [55, 55]
+        assert datasets.horizon == 5
+        (facts,) = fit("bins", [make(e) for e in one], horizon=3).meta["data"]
+        assert facts["episodes"] == 11
+    with pytest.raises(ConfigError, match="max_chunks is -1"):
+        fit("bins", one, max_chunks=-1)
 
 
 def test_too_few_episodes_to_hold_any_out():

@@ -6,16 +6,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+# Arguments of `fit` that are no settings, and how the command line takes them.
+OPTIONS = {"name": "NAME", "data": "--data", **{k: f"--{k}" for k in ("tolerance", "horizon", "space", "seed")}}
+
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
     """Fit on the training episodes, save, and say what was made."""
-    from actok.core import parse_assignments
+    from actok.core import ConfigError, parse_assignments
     from actok.data import list_mixtures, load_mixture
     from actok.training import fit
 
     settings = parse_assignments(args.set)
+    if taken := [key for key in settings if key in OPTIONS]:
+        raise ConfigError(f"--set {taken[0]} is no setting of a tokenizer; give {OPTIONS[taken[0]]}")
     data: Any = list(args.data)
     if len(data) == 1 and (data[0].endswith(".toml") or (data[0] in list_mixtures() and not Path(data[0]).exists())):
         data = load_mixture(data[0])

@@ -30,21 +30,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return int(code or 0)
     except KeyboardInterrupt:
-        print("actok: interrupted; no file was left half-written", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # the reader of our output went away (`actok list | head -1`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        from actok.core.errors import ActokError, follows_interrupt
+
+        if follows_interrupt(error):
+            return _interrupted()
         if args.debug:
             raise
-        from actok.core import ActokError
-
         text = " ".join(str(error).split())
-        if not isinstance(error, ActokError):
+        if isinstance(error, OSError) and error.filename is not None and not isinstance(error, ActokError):
+            text = f"{error.filename}: {error.strerror}; name a path that can be read and written"
+        elif not isinstance(error, ActokError):
             text = f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
         print(f"actok: error: {text}", file=sys.stderr)
         return 1
+
+
+def _interrupted() -> int:
+    print("actok: interrupted; no file was left half-written", file=sys.stderr)
+    return 130
 
 
 def _one_line_warning(message: Any, category: type, *_: Any, **__: Any) -> None:

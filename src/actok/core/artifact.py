@@ -69,14 +69,18 @@ def _canonical(value: Any) -> bytes:
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
     """Write a folder of files so that it is complete or unchanged: beside it first, then one rename.
 
-    Raises ArtifactError where the target is not a folder or holds files that are not of an artifact.
+    Raises ArtifactError where the target is not a folder or holds files that are not of an artifact, such as another
+    model's config.json.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # a link stays one: the folder it leads to is replaced
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; name a folder")
-    foreign = [p.name for p in folder.iterdir() if p.name not in files] if folder.exists() else []
-    if foreign and not (folder / CONFIG_FILE).is_file():
-        raise ArtifactError(f"{folder} holds {foreign[0]!r} and no tokenizer; name a new or empty folder")
+    present = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    replaced = _artifact_files(folder)
+    foreign = sorted(present - files.keys() - replaced)
+    if not replaced and (foreign or CONFIG_FILE in present):
+        found = CONFIG_FILE if CONFIG_FILE in present else foreign[0]
+        raise ArtifactError(f"{folder} holds {found!r} and no tokenizer; name a new or empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -100,6 +104,21 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _artifact_files(folder: Path) -> set[str]:
+    """Names of the files of the artifact that a folder holds; empty where it holds none of this library."""
+    try:
+        body = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        return set()
+    if not _is_artifact(body):
+        return set()
+    return {CONFIG_FILE, *body.get("files", ())}
+
+
+def _is_artifact(body: Any) -> bool:
+    return isinstance(body, dict) and "schema_version" in body and "tokenizer" in body
 
 
 def _serialise(artifact: Artifact) -> dict[str, bytes]:
@@ -173,7 +192,7 @@ def read_artifact(folder_or_hub_id: str | Path, *, revision: str | None = None) 
         raise ArtifactError(
             f"{path} is not JSON ({error}); the file is truncated or edited, save the tokenizer again"
         ) from None
-    if not isinstance(body, dict) or "schema_version" not in body or "tokenizer" not in body:
+    if not _is_artifact(body):
         raise ArtifactError(f"{path} does not describe an actok tokenizer; give a folder written by save_pretrained")
     claimed = body.pop("integrity", None)
     if claimed != hashlib.sha256(_canonical(body)).hexdigest():

@@ -36,3 +36,10 @@ class MissingExtraError(ActokError, ImportError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), self._parts  # so that it crosses from a worker process
+
+
+def follows_interrupt(error: BaseException | None) -> bool:
+    """True where Ctrl-C is behind an error: compiled code (numba) turns it into a SystemError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -8,13 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from actok.core.errors import ConfigError
+
 __all__ = ["atomic_path", "write_bytes"]
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the target's folder; on success it replaces the target, on any exception it is removed."""
+    """A temporary path in the target's folder; on success it replaces the target, on any exception it is removed.
+
+    Raises ConfigError where the target is a folder.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)

@@ -103,7 +103,7 @@ class Decoded:
 
 @dataclass(frozen=True, kw_only=True)
 class FitPart:
-    """Chunks of one embodiment to fit on. `statistics` (actok.signal.Statistics) is of the whole training data.
+    """Chunks of one embodiment to fit on. `statistics` (actok.signal.statistics.Statistics) is of the whole training data.
 
     Attributes:
         actions: float32 [B, T, D], finite, raw units, padding already filled as the space asks for.

@@ -167,7 +167,21 @@ class ClosedFormTokenizer(ActionTokenizer):
         )
 
     def adapt(self, space: ActionSpace, statistics: Statistics) -> Self:
-        """See ActionTokenizer.adapt. Raises SpaceMismatchError where the codec cannot serve that space."""
+        """See ActionTokenizer.adapt.
+
+        Raises SpaceMismatchError where the codec cannot serve that space or already has an embodiment of its name,
+        DataError where `statistics` are none.
+        """
+        if not isinstance(statistics, Statistics):
+            raise DataError(
+                f"statistics are of type {type(statistics).__name__}; give actok.signal.statistics.Statistics, e.g."
+                " Statistics.from_array(actions)"
+            )
+        if space.embodiment in self._embodiments:
+            raise SpaceMismatchError(
+                f"embodiment {space.embodiment!r} is already known to this tokenizer, whose tokens depend on it; add the"
+                " space under another name with space.renamed(name)"
+            )
         if space.dim != statistics.dim:
             raise SpaceMismatchError(
                 f"statistics have {statistics.dim} dimensions, the space {space.dim}; give both of one"
@@ -225,7 +239,8 @@ class ClosedFormTokenizer(ActionTokenizer):
         reference = ids
         if isinstance(ids, Tokens):
             context = context or ids.context
-            horizon = horizon or (context.horizon if context and context.horizon else ids.horizon)
+            if horizon is None and (context is None or context.horizon is None):
+                horizon = ids.horizon
             reference, flat, offsets = ids.flat, to_numpy(ids.flat).astype(np.int64), ids.offsets
         else:
             flat, offsets = as_ids(ids)

@@ -72,7 +72,7 @@ class BinsTokenizer(ClosedFormTokenizer):
     ) -> Reconstruction:
         codes, valid, used, reasons = fixed_rows(flat, offsets, horizon * embodiment.space.dim)
         lower, width = self._grid(embodiment)
-        chunks = lower + (codes.reshape(len(codes), horizon, -1) + 0.5) * width
+        chunks = lower + (codes.reshape(len(codes), horizon, embodiment.space.dim) + 0.5) * width
         constant = embodiment.normaliser.constant
         chunks = np.where(constant, 0.0, chunks).astype(np.float32)
         return Reconstruction(chunks, valid, used, reasons)

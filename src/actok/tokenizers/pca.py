@@ -53,7 +53,8 @@ class PcaTokenizer(ScalarTokenizer):
 
     def _synthesise(self, scalars: np.ndarray, horizon: int) -> np.ndarray:
         flat = self._tensors["mean"] + scalars @ self._tensors["basis"]
-        return flat.reshape(len(scalars), -1, self.embodiment().space.dim)[:, :horizon]
+        steps = scalars.shape[1] * self.horizon
+        return flat.reshape(len(scalars), steps, self.embodiment().space.dim)[:, :horizon]
 
     def _coordinates(self, windows: int) -> tuple[np.ndarray, np.ndarray]:
         ranks = len(self._tensors["basis"])

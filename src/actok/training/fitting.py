@@ -102,8 +102,9 @@ def fit(
 
     Args:
         name: a preset (`actok.list_tokenizers()`).
-        data: float array [B, T, D] of chunks; a folder, file or Hub id; a list of these (one embodiment each); or a
-            `Mixture`, whose ratios then say how many training chunks each of its datasets gives.
+        data: float array [B, T, D] of chunks; a folder, file or Hub id; a list of episodes [T, D]; a list of datasets
+            (one embodiment each); or a `Mixture`, whose ratios then say how many training chunks each of its datasets
+            gives.
         tolerance: e.g. "2 mm, 1 deg" or "0.02 raw, p95", by default at the 99th percentile; see `Tolerance.parse`.
         horizon: T; default one second of control (`ActionSpace.default_horizon`), where all datasets agree on it.
             Ignored for an array of chunks.
@@ -117,10 +118,14 @@ def fit(
         from the space. ToleranceError: no setting of the sweep meets the tolerance (the message says how near).
     """
     find_preset(name)
+    if max_chunks < 1:
+        raise ConfigError(f"max_chunks is {max_chunks}; give at least 1")
     ratios = None
     if isinstance(data, Mixture):
         ratios, data = data.ratios, data.open()
-    sources = data if isinstance(data, (list, tuple)) and data and not isinstance(data[0], np.ndarray) else [data]
+    # A list of arrays [T, D] is one dataset, its episodes; a list of anything else holds one dataset an entry.
+    several = isinstance(data, (list, tuple)) and data and not (_is_array(data[0]) and data[0].ndim == 2)
+    sources = data if several else [data]
     options: dict[str, Any] = {"horizon": horizon, "space": space, "seed": seed, "max_chunks": max_chunks}
     materials = [
         load_material(source, hold_out=tolerance is not None or not _is_array(source), **options) for source in sources

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -88,7 +89,7 @@ class Tolerance:
                 raise ConfigError(f"tolerance unit {unit!r} is unknown; use one of {', '.join(UNITS)}")
             else:
                 bounds[UNITS[unit][0]] = number * UNITS[unit][1]
-        if not bounds or min(bounds.values()) <= 0 or not 0 < percentile <= 100:
+        if not bounds or not all(0 < v < np.inf for v in bounds.values()) or not 0 < percentile <= 100:
             raise ConfigError(
                 f"tolerance {value!r} has no bound above 0 at a percentile in (0, 100]; write e.g. '2 mm, 1 deg'"
             )
@@ -158,13 +159,17 @@ def search(
 
 
 def _candidates(name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The preset's sweep, each setting with the preset's normaliser and then with min_max, at the same rate.
+    """The preset's sweep less what the user has set, each setting once: with the preset's normaliser and then with min_max, at the same rate.
 
     A normaliser that ends at the 1 % and 99 % quantiles saturates more than one step in a hundred as soon as there are
     two dimensions, so with it a codec that clamps cannot meet any bound at the 99th percentile.
     """
     preset = find_preset(name)
-    sweep = [dict(s) for s in preset.sweep if not s.keys() <= settings.keys()] or [{}]
+    sweep: list[dict[str, Any]] = []
+    for step in preset.sweep or [{}]:
+        left = {key: value for key, value in step.items() if key not in settings}
+        if left not in sweep:
+            sweep.append(left)
     if "normaliser" in settings or preset.settings.get("normaliser", "min_max") == "min_max":
         return sweep
     return [{**setting, **extra} for setting in sweep for extra in ({}, {"normaliser": "min_max"})]
@@ -176,7 +181,9 @@ def _judge_all(
     """Errors by "dataset/group", mean bits a chunk, and the worst ratio of error to bound (inf if not all decode)."""
     errors: dict[str, dict[str, Any]] = {}
     bits, worst = [], 0.0
-    for material in materials:
+    names = [m.origin["name"] for m in materials]
+    for number, material in enumerate(materials, 1):
+        dataset = names[number - 1] if names.count(names[number - 1]) == 1 else f"{names[number - 1]}#{number}"
         part: FitPart = getattr(material, which)
         rows = np.linspace(0, len(part.actions) - 1, min(JUDGED, len(part.actions))).round().astype(np.int64)
         anchor = material.anchors[which]
@@ -211,7 +218,7 @@ def _judge_all(
                 continue
             amount = float(np.percentile(error, tolerance.percentile))
             bound = tolerance.bounds.get(unit)
-            errors[f"{material.origin['name']}/{values.group.name}"] = {
+            errors[f"{dataset}/{values.group.name}"] = {
                 "error": amount,
                 "unit": unit,
                 "of": "path" if on_path else "step",
@@ -221,8 +228,14 @@ def _judge_all(
                 worst = max(worst, amount / bound)
         if not units & tolerance.bounds.keys():
             raise ConfigError(
-                f"tolerance {tolerance} bounds nothing: {material.origin['name']} is measured in {', '.join(sorted(units))};"
+                f"tolerance {tolerance} bounds nothing: {dataset} is measured in {', '.join(sorted(units))};"
                 " name one of these units, or an action space that states the physical units"
+            )
+        if idle := tolerance.bounds.keys() - units:
+            warnings.warn(
+                f"tolerance {tolerance}: nothing of {dataset} is measured in {', '.join(sorted(idle))}, but"
+                f" in {', '.join(sorted(units))}; name an action space that states the unit, or leave that bound out",
+                stacklevel=2,
             )
     return errors, float(np.mean(bits)), worst
 
