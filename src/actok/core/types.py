@@ -3,6 +3,11 @@
 Shape letters, used in every signature and docstring: B batch, T time steps of a chunk (horizon), D action dimensions,
 S token slots, Q quantiser levels, K codes per codebook, C latent channels, V vocabulary size, N tokens of a sequence,
 P numbers of proprioception.
+
+Signatures state them through jaxtyping, `Float[np.ndarray, "B T D"]`; tests check them on every call, nothing else does.
+There, `_` is a length of no consequence, `...` or `*batch` any number of leading axes, `{steps}` the value of an argument,
+and `ends` the B + 1 entries of offsets (so that B is `ends-1`). A parameter that a function checks by itself, to refuse
+it with an ActokError, stays an `np.ndarray`.
 """
 
 from __future__ import annotations

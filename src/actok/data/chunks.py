@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from actok.core import ConfigError, DataError
 from actok.data.cache import FrameCache
@@ -26,11 +27,11 @@ class ChunkBatch:
         start: int64 [B] first step within the episode.
     """
 
-    actions: np.ndarray
-    pad_mask: np.ndarray
-    anchor: np.ndarray | None
-    episode: np.ndarray
-    start: np.ndarray
+    actions: Float[np.ndarray, "B T D"]
+    pad_mask: Bool[np.ndarray, "B T"]
+    anchor: Float[np.ndarray, "B P"] | None
+    episode: Int[np.ndarray, "B"]
+    start: Int[np.ndarray, "B"]
 
     def __len__(self) -> int:
         return len(self.actions)

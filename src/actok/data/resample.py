@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from actok.core import ActionGroup, ActionSpace, ConfigError, DataError, SpaceMismatchError
 from actok.signal.rotations import compose, from_matrix, to_matrix
@@ -50,7 +51,7 @@ def resampled_space(space: ActionSpace, to_hz: float) -> ActionSpace:
     return replace(space, rate_hz=float(to_hz), low=low, high=high)
 
 
-def resample(actions: Any, space: ActionSpace, from_hz: float | None, to_hz: float) -> np.ndarray:
+def resample(actions: Any, space: ActionSpace, from_hz: float | None, to_hz: float) -> Float[np.ndarray, "_ D"]:
     """Actions float32 [T, D] at `from_hz` as float32 [ceil(T to_hz / from_hz), D] at `to_hz`; see the module.
 
     By an integer factor up and down again is the identity (rotations: the same rotation in its canonical range; a sign
@@ -84,7 +85,9 @@ def resample(actions: Any, space: ActionSpace, from_hz: float | None, to_hz: flo
     return out
 
 
-def _resample_group(values: np.ndarray, group: ActionGroup, edges: np.ndarray) -> np.ndarray:
+def _resample_group(
+    values: Float[np.ndarray, "T D"], group: ActionGroup, edges: Float[np.ndarray, "edges"]
+) -> Float[np.ndarray, "edges-1 D"]:
     """[T, d] -> [count, d], float64."""
     if group.kind == "rotation" and group.mode != "velocity":
         scale = 1.0
@@ -112,14 +115,14 @@ def _resample_group(values: np.ndarray, group: ActionGroup, edges: np.ndarray) -
     return _linear(values, edges[:-1])
 
 
-def _linear(points: np.ndarray, times: np.ndarray) -> np.ndarray:
+def _linear(points: Float[np.ndarray, "_ D"], times: Float[np.ndarray, "times"]) -> Float[np.ndarray, "times D"]:
     """Points [n, d] at times in 0..n-1, held beyond the last."""
     before, fraction = _locate(len(points), times)
     after = np.minimum(before + 1, len(points) - 1)
     return points[before] + fraction[:, None] * (points[after] - points[before])
 
 
-def _slerp(matrices: np.ndarray, times: np.ndarray) -> np.ndarray:
+def _slerp(matrices: Float[np.ndarray, "_ 3 3"], times: Float[np.ndarray, "times"]) -> Float[np.ndarray, "times 3 3"]:
     """Rotations [n, 3, 3] at times in 0..n-1 on the shortest arcs between neighbours, held beyond the last."""
     before, fraction = _locate(len(matrices), times)
     after = np.minimum(before + 1, len(matrices) - 1)
@@ -127,6 +130,8 @@ def _slerp(matrices: np.ndarray, times: np.ndarray) -> np.ndarray:
     return matrices[before] @ to_matrix(fraction[:, None] * arc, "axis_angle")
 
 
-def _locate(count: int, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _locate(
+    count: int, times: Float[np.ndarray, "times"]
+) -> tuple[Int[np.ndarray, "times"], Float[np.ndarray, "times"]]:
     before = np.minimum(np.floor(times).astype(np.int64), count - 1)
     return before, np.where(before < count - 1, times - before, 0.0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from actok.core import DataError, TokenLayout, Tokens, to_numpy
 
@@ -28,10 +29,10 @@ class CodeSequences:
         fixed_length: N, or None where lengths vary.
     """
 
-    flat: np.ndarray
-    offsets: np.ndarray
-    table: np.ndarray
-    vocab: np.ndarray
+    flat: Int[np.ndarray, "N"]
+    offsets: Int[np.ndarray, "_"]
+    table: Int[np.ndarray, "N"]
+    vocab: Int[np.ndarray, "N"]
     sizes: dict[int, int]
     fixed_length: int | None
 
@@ -218,13 +219,17 @@ def ngram_fit(train: CodeSequences, test: CodeSequences, order: int) -> NgramFit
     return NgramFit(order=order, perplexity=float(2 ** (bits / len(queries))), bits_per_chunk=bits / len(test))
 
 
-def _lookup(keys: np.ndarray, values: np.ndarray, query: np.ndarray) -> np.ndarray:
+def _lookup(
+    keys: Int[np.ndarray, "keys"], values: Shaped[np.ndarray, "keys"], query: Int[np.ndarray, "queries"]
+) -> Shaped[np.ndarray, "queries"]:
     """values[keys == query], 0 where the key is not there; `keys` sorted and not empty."""
     at = np.minimum(np.searchsorted(keys, query), len(keys) - 1)
     return np.where(keys[at] == query, values[at], 0)
 
 
-def _grams(codes: CodeSequences, order: int, start: dict[int, int], alphabet: int) -> tuple[np.ndarray, np.ndarray]:
+def _grams(
+    codes: CodeSequences, order: int, start: dict[int, int], alphabet: int
+) -> tuple[Int[np.ndarray, "symbols"], Int[np.ndarray, "symbols"]]:
     """Key of the n-gram that ends at each symbol, base `alphabet` with the newest symbol last, and its table's index."""
     tables = np.array(sorted(start))
     first = np.array([start[t] for t in sorted(start)])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from actok.core import ActionSpace, DataError
 from actok.signal.normalise import Normaliser
@@ -68,26 +69,26 @@ class Comparison:
             raise DataError("every step is padding, so nothing is left to judge; give at least one real step")
 
     @cached_property
-    def steps(self) -> np.ndarray:
+    def steps(self) -> Bool[np.ndarray, "B T"]:
         """bool [B, T]: the real steps."""
         if self.pad_mask is None:
             return np.ones(self.reference.shape[:2], bool)
         return ~np.asarray(self.pad_mask)
 
     @cached_property
-    def present(self) -> np.ndarray:
+    def present(self) -> Bool[np.ndarray, "B D"]:
         """bool [B, D]: the present dimensions."""
         if self.dof_mask is None:
             return np.ones((self.reference.shape[0], self.reference.shape[2]), bool)
         return np.asarray(self.dof_mask)
 
     @cached_property
-    def decoded(self) -> np.ndarray:
+    def decoded(self) -> Bool[np.ndarray, "B"]:
         """bool [B]: the chunks that decoded."""
         return np.isfinite(self.reconstruction).all((1, 2))
 
     @cached_property
-    def scored(self) -> np.ndarray:
+    def scored(self) -> Bool[np.ndarray, "B D"]:
         """bool [B, D]: present dimensions with a normalised unit.
 
         A dimension that never changed in the training split has none (its range is a point); it is judged in physical
@@ -106,6 +107,6 @@ class Comparison:
         return np.clip(self.reference, low, high), np.clip(self.reconstruction, low, high)
 
     @cached_property
-    def difference(self) -> np.ndarray:
+    def difference(self) -> Float[np.ndarray, "B T D"]:
         """[B, T, D] reconstruction - reference in normalised units; NaN where a chunk did not decode."""
         return (self.reconstruction - self.reference) / self.normaliser.half

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from actok.core import Decoded, Tokens
 from actok.evaluation.comparison import Comparison
@@ -91,7 +92,7 @@ def valid_reconstruction(comparison: Comparison, tolerances: Sequence[float] = T
     c = comparison
     summed = np.where(c.scored[:, None, :], np.abs(c.difference), 0.0).sum(2)
 
-    def rate(error: np.ndarray | None) -> tuple[float, ...] | None:
+    def rate(error: Float[np.ndarray, "B T"] | None) -> tuple[float, ...] | None:
         if error is None:
             return None
         judged = c.steps & ~np.isneginf(error)  # -inf: no such group is present in that chunk

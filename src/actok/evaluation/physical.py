@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from actok.core import ActionGroup
 from actok.evaluation.comparison import Comparison
@@ -41,7 +42,7 @@ class Spread:
     maximum: float
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Spread | None:
+    def of(cls, values: Float[np.ndarray, "_"]) -> Spread | None:
         """Of an array of errors; None where it is empty."""
         if not values.size:
             return None
@@ -89,9 +90,9 @@ class GroupValues:
     group: ActionGroup
     measure: str
     unit: str
-    step: np.ndarray
-    path: np.ndarray | None
-    path_end: np.ndarray | None
+    step: Float[np.ndarray, "_"]
+    path: Float[np.ndarray, "_"] | None
+    path_end: Float[np.ndarray, "_"] | None
     path_unit: str | None
 
 
@@ -152,7 +153,7 @@ def group_values(comparison: Comparison) -> tuple[GroupValues, ...]:
     return tuple(found)
 
 
-def position_error(comparison: Comparison) -> np.ndarray | None:
+def position_error(comparison: Comparison) -> Float[np.ndarray, "B T"] | None:
     """[B, T] largest Euclidean error in metres of the position groups; None where the space has none in metres.
 
     -inf where none of the groups is present in a chunk, NaN where the chunk did not decode.
@@ -160,7 +161,7 @@ def position_error(comparison: Comparison) -> np.ndarray | None:
     return _worst(comparison, [g for g in comparison.space.groups if g.kind == "position" and g.unit == "m"], "mm")
 
 
-def angular_error(comparison: Comparison) -> np.ndarray | None:
+def angular_error(comparison: Comparison) -> Float[np.ndarray, "B T"] | None:
     """[B, T] largest angular error in radians over rotation groups (geodesic) and joints in radians (each by itself).
 
     None where the space has neither; -inf and NaN as in `position_error`.
@@ -186,7 +187,9 @@ def _measure(group: ActionGroup) -> str:
     return "euclidean" if vector else "absolute"
 
 
-def _distance(a: np.ndarray, b: np.ndarray, group: ActionGroup) -> np.ndarray:
+def _distance(
+    a: Float[np.ndarray, "B T D"], b: Float[np.ndarray, "B T D"], group: ActionGroup
+) -> Float[np.ndarray, "B T *dims"]:
     """Error in reported units: [B, T], or dimension by dimension [B, T, G]."""
     dims = list(group.dims)
     first, second = a[:, :, dims], b[:, :, dims]
@@ -198,7 +201,7 @@ def _distance(a: np.ndarray, b: np.ndarray, group: ActionGroup) -> np.ndarray:
     return np.sqrt((difference**2).sum(2)) if _measure(group) == "euclidean" else difference
 
 
-def _worst(c: Comparison, groups: Sequence[ActionGroup], unit: str) -> np.ndarray | None:
+def _worst(c: Comparison, groups: Sequence[ActionGroup], unit: str) -> Float[np.ndarray, "B T"] | None:
     """[B, T] in SI units: the largest error over the groups that are reported in `unit`."""
     groups = [g for g in groups if reported_unit(g)[0] == unit]
     if not groups:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from actok.core import ActionTokenizer, ChunkContext, DataError, Tokens, to_numpy
 from actok.evaluation.comparison import Comparison
@@ -42,7 +43,7 @@ class NoiseStability:
 
 def noise_stability(
     tokenizer: ActionTokenizer,
-    actions: np.ndarray,
+    actions: Float[np.ndarray, "B T D"],
     normaliser: Normaliser,
     context: ChunkContext,
     *,
@@ -69,7 +70,7 @@ def noise_stability(
     return NoiseStability(sigma=tuple(sigma), token_error_rate=tuple(rates))
 
 
-def edit_distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
+def edit_distance(a: Sequence[Int[np.ndarray, "_"]], b: Sequence[Int[np.ndarray, "_"]]) -> Int[np.ndarray, "B"]:
     """Levenshtein distance [B] of B pairs of integer sequences (insertion, deletion, substitution cost 1 each).
 
     The usual table, one row at a time for all pairs at once; the running minimum along a row is a cumulative minimum of
@@ -173,7 +174,7 @@ def valid_share(tokenizer: ActionTokenizer, tokens: Tokens, context: ChunkContex
     vocab = tokenizer.layout_for(tokens.horizon, context.embodiment).vocab
     rows = _rows(tokens)
 
-    def share(sequences: list[np.ndarray]) -> float:
+    def share(sequences: list[Int[np.ndarray, "_"]]) -> float:
         return float(np.mean(tokenizer.decode(sequences, context, horizon=tokens.horizon).valid))
 
     substituted, deleted, inserted = [], [], []
@@ -195,12 +196,12 @@ def valid_share(tokenizer: ActionTokenizer, tokens: Tokens, context: ChunkContex
     )
 
 
-def _rows(tokens: Tokens) -> list[np.ndarray]:
+def _rows(tokens: Tokens) -> list[Int[np.ndarray, "_"]]:
     flat = to_numpy(tokens.flat)
     return [flat[i:j] for i, j in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)]
 
 
-def _select(context: ChunkContext, index: np.ndarray) -> ChunkContext:
+def _select(context: ChunkContext, index: Int[np.ndarray, "_"]) -> ChunkContext:
     """The context of some chunks of a batch."""
     arrays = {k: getattr(context, k) for k in ("anchor", "dof_mask", "pad_mask")}
     return replace(context, **{k: None if v is None else np.asarray(v)[index] for k, v in arrays.items()})

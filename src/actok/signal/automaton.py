@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self, final
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from actok.core import Constraint, TokenError
 from actok.signal.bpe import Bpe
@@ -32,12 +33,12 @@ class SpellingTables:
         needs: characters that must still be missing for the token to fit; NEVER where it cannot be read at all.
     """
 
-    after: np.ndarray
-    completes: np.ndarray
-    needs: np.ndarray
+    after: Int[np.ndarray, "states V"]
+    completes: Int[np.ndarray, "states V"]
+    needs: Int[np.ndarray, "states V"]
 
     @classmethod
-    def build(cls, bpe: Bpe, alphabet: np.ndarray) -> Self:
+    def build(cls, bpe: Bpe, alphabet: Int[np.ndarray, "_"]) -> Self:
         """For an alphabet of code points, each of which `bpe` can encode."""
         step, ends = _byte_steps(alphabet) if bpe.byte_level else _character_steps(alphabet)
         states = len(step)
@@ -56,14 +57,14 @@ class SpellingTables:
         return cls(after=after, completes=completes, needs=needs)
 
 
-def _character_steps(alphabet: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _character_steps(alphabet: Int[np.ndarray, "_"]) -> tuple[Int[np.ndarray, "1 atoms"], Int[np.ndarray, "1 atoms"]]:
     """(next state or -1, completes a character) by state and atom; the last column stands for all larger atoms."""
     known = np.zeros((1, int(alphabet.max()) + 2), bool)
     known[0, alphabet] = True
     return np.where(known, 0, -1).astype(np.int32), known.astype(np.int32)
 
 
-def _byte_steps(alphabet: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _byte_steps(alphabet: Int[np.ndarray, "_"]) -> tuple[Int[np.ndarray, "states 257"], Int[np.ndarray, "states 257"]]:
     """As `_character_steps`, over the incomplete UTF-8 prefixes of the alphabet. State 0 is between characters."""
     states: dict[bytes, int] = {b"": 0}
     edges: list[tuple[int, int, int]] = []
@@ -90,15 +91,15 @@ class SpellingConstraint(Constraint):
         self._length = length
         self.vocab_size = tables.needs.shape[1]
 
-    def start(self, batch: int = 1) -> np.ndarray:
+    def start(self, batch: int = 1) -> Int[np.ndarray, "{batch} 2"]:
         state = np.zeros((batch, 2), np.int64)
         state[:, 0] = self._length
         return state
 
-    def allowed(self, state: np.ndarray) -> np.ndarray:
+    def allowed(self, state: Int[np.ndarray, "B 2"]) -> Bool[np.ndarray, "B V"]:
         return self._tables.needs[state[:, 1]] <= state[:, :1]
 
-    def advance(self, state: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    def advance(self, state: Int[np.ndarray, "B 2"], ids: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B 2"]:
         ids = np.asarray(ids)
         inside = (ids >= 0) & (ids < self.vocab_size)
         known = np.where(inside, ids, 0)
@@ -112,5 +113,5 @@ class SpellingConstraint(Constraint):
         missing = state[:, 0] - self._tables.completes[state[:, 1], known]
         return np.stack([missing, self._tables.after[state[:, 1], known]], axis=1).astype(np.int64)
 
-    def done(self, state: np.ndarray) -> np.ndarray:
+    def done(self, state: Int[np.ndarray, "B 2"]) -> Bool[np.ndarray, "B"]:
         return (state[:, 0] == 0) & (state[:, 1] == 0)

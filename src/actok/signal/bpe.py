@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from actok.core.errors import ArtifactError, ConfigError
 from actok.signal.utf8 import BYTE_OF_CHAR, decode_rows, points_to_text
@@ -39,9 +40,9 @@ class Points:
         readable: bool [B], False where a sequence holds bytes that are not UTF-8.
     """
 
-    flat: np.ndarray
-    offsets: np.ndarray
-    readable: np.ndarray
+    flat: Int[np.ndarray, "_"]
+    offsets: Int[np.ndarray, "ends"]
+    readable: Bool[np.ndarray, "ends-1"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,10 +60,10 @@ class Bpe:
 
     source: bytes
     byte_level: bool
-    atoms: np.ndarray
-    starts: np.ndarray
-    merges: np.ndarray
-    base: np.ndarray
+    atoms: Int[np.ndarray, "_"]
+    starts: Int[np.ndarray, "ends"]
+    merges: Int[np.ndarray, "_ 3"]
+    base: Bool[np.ndarray, "ends-1"]
 
     @property
     def vocab_size(self) -> int:
@@ -70,19 +71,19 @@ class Bpe:
         return len(self.starts) - 1
 
     @cached_property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> Int[np.ndarray, "V"]:
         """[V] atoms of each token."""
         return np.diff(self.starts)
 
     @cached_property
-    def characters(self) -> np.ndarray:
+    def characters(self) -> Int[np.ndarray, "V"]:
         """[V] atoms of each token that start a character: all, or bytes that continue none."""
         begins = (self.atoms & 0xC0) != 0x80 if self.byte_level else np.ones(len(self.atoms), bool)
         before = np.concatenate([[0], np.cumsum(begins)])
         return before[self.starts[1:]] - before[self.starts[:-1]]
 
     @cached_property
-    def base_atoms(self) -> np.ndarray:
+    def base_atoms(self) -> Int[np.ndarray, "_"]:
         """Sorted atoms that an encoding can start from; a code point is encodable where all its atoms are here."""
         return np.sort(self.atoms[self.starts[:-1][self.base]])
 
@@ -107,20 +108,22 @@ class Bpe:
         """True where encoding runs through compiled tables."""
         return self._matcher is not None
 
-    def encode(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, points: Int[np.ndarray, "B N"]) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, "B+1"]]:
         """Ids (flat int64) and offsets [B + 1] of code points [B, N], all of them encodable."""
         if self._matcher is not None:
             return self._matcher.encode(points)
         return self.encode_with_library(points)
 
-    def encode_with_library(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode_with_library(
+        self, points: Int[np.ndarray, "B N"]
+    ) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, "B+1"]]:
         """`encode` by the `tokenizers` library."""
         rows = [e.ids for e in self.library.encode_batch_fast(points_to_text(points), add_special_tokens=False)]
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(r) for r in rows], out=offsets[1:])
         return np.fromiter((i for r in rows for i in r), np.int64, int(offsets[-1])), offsets
 
-    def decode(self, flat: np.ndarray, offsets: np.ndarray) -> Points:
+    def decode(self, flat: Int[np.ndarray, "_"], offsets: Int[np.ndarray, "ends"]) -> Points:
         """Code points of ids."""
         atoms, atom_offsets = self.expand(flat, offsets)
         if self.byte_level:
@@ -128,7 +131,9 @@ class Bpe:
             return Points(**decode_rows(atoms, atom_offsets, np.diff(before[offsets])))
         return Points(flat=atoms, offsets=atom_offsets, readable=np.ones(len(offsets) - 1, bool))
 
-    def expand(self, flat: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def expand(
+        self, flat: Int[np.ndarray, "_"], offsets: Int[np.ndarray, "ends"]
+    ) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, "ends"]]:
         """Atoms of ids end to end, and where each sequence starts [B + 1]."""
         lengths = self.lengths[flat]
         ends = np.cumsum(lengths)
@@ -198,7 +203,7 @@ def read_bpe(source: bytes) -> Bpe:
     )
 
 
-def train_bpe(rows: list[np.ndarray], *, alphabet: int, vocab: int, max_token_length: int) -> bytes:
+def train_bpe(rows: list[Int[np.ndarray, "_ _"]], *, alphabet: int, vocab: int, max_token_length: int) -> bytes:
     """A tokenizer.json trained on symbols 0..alphabet - 1, given as integer arrays [B, N] (N may differ by array).
 
     Every symbol is a token of its own (id = symbol), so every row is encodable. Raises ConfigError where the alphabet

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from jaxtyping import Float
 from scipy.interpolate import BSpline
 
 from actok.core.errors import ConfigError
@@ -22,7 +23,7 @@ SMOOTHING = 1e-7
 __all__ = ["SMOOTHING", "clamped_knots", "control_points", "curve", "design_matrix"]
 
 
-def clamped_knots(bases: int, degree: int) -> np.ndarray:
+def clamped_knots(bases: int, degree: int) -> Float[np.ndarray, "{bases}+{degree}+1"]:
     """[bases + degree + 1] knots on [0, 1]. Raises ConfigError where there are fewer than degree + 1 bases."""
     if degree < 0 or bases <= degree:
         raise ConfigError(f"a spline of degree {degree} with {bases} bases does not exist; give at least degree + 1")
@@ -31,7 +32,7 @@ def clamped_knots(bases: int, degree: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def design_matrix(steps: int, bases: int, degree: int) -> np.ndarray:
+def design_matrix(steps: int, bases: int, degree: int) -> Float[np.ndarray, "{steps} {bases}"]:
     """Read-only [T, K]: value of each basis function at each step; rows sum to 1 and nothing is negative."""
     u = np.linspace(0.0, 1.0, steps)  # a single step lies at 0
     matrix = BSpline.design_matrix(u, clamped_knots(bases, degree), degree).toarray()
@@ -40,7 +41,7 @@ def design_matrix(steps: int, bases: int, degree: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _solver(steps: int, bases: int, degree: int, free: int) -> np.ndarray:
+def _solver(steps: int, bases: int, degree: int, free: int) -> Float[np.ndarray, "{free} {steps}+1"]:
     """Read-only [free, T + 1]: maps (residual of the T steps, fixed first control point) to the free control points."""
     design = design_matrix(steps, bases, degree)
     differences = np.sqrt(SMOOTHING) * np.diff(np.eye(bases), axis=0)
@@ -54,7 +55,9 @@ def _solver(steps: int, bases: int, degree: int, free: int) -> np.ndarray:
     return solution
 
 
-def control_points(chunks: np.ndarray, bases: int, degree: int, start: np.ndarray | None = None) -> np.ndarray:
+def control_points(
+    chunks: Float[np.ndarray, "B T D"], bases: int, degree: int, start: Float[np.ndarray, "B D"] | None = None
+) -> Float[np.ndarray, "B {bases} D"]:
     """Least-squares control points float64 [B, K, D] of chunks [B, T, D].
 
     With `start` [B, D] the first control point, and so the curve at u = 0, is that value, and the others are fitted
@@ -70,6 +73,6 @@ def control_points(chunks: np.ndarray, bases: int, degree: int, start: np.ndarra
     return np.concatenate([first, np.matmul(solver, np.concatenate([y, first], axis=1))], axis=1)
 
 
-def curve(controls: np.ndarray, steps: int, degree: int) -> np.ndarray:
+def curve(controls: Float[np.ndarray, "B K D"], steps: int, degree: int) -> Float[np.ndarray, "B {steps} D"]:
     """The curves [B, T, D] of control points [B, K, D] at T steps."""
     return np.matmul(design_matrix(steps, controls.shape[1], degree), controls)

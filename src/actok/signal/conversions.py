@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
+from jaxtyping import Float
 
 from actok.core.errors import ConfigError, DataError, SpaceMismatchError
 from actok.core.spaces import ROTATION_SIZE, ActionGroup, ActionSpace, Rotation, Side
@@ -81,7 +82,7 @@ def convert(
     anchor: Any = None,
     side: Side | None = None,
     pad_mask: Any = None,
-) -> tuple[np.ndarray, ActionSpace]:
+) -> tuple[Float[np.ndarray, "*batch T D"], ActionSpace]:
     """Actions [..., T, D] as absolute values, relative to the anchor, or as steps; exact inverses of each other.
 
     Positions and joints: relative_t = a_t - anchor, delta_t = a_t - a_{t-1} with a_{-1} the anchor. Rotations, with R0
@@ -133,7 +134,9 @@ def _side(group: ActionGroup, asked: Side | None) -> Side:
     return asked or stated or "body"
 
 
-def _shift(x: np.ndarray, source: str, to: str, origin: np.ndarray | None) -> np.ndarray:
+def _shift(
+    x: Float[np.ndarray, "*batch T D"], source: str, to: str, origin: Float[np.ndarray, "*batch 1 D"] | None
+) -> Float[np.ndarray, "*batch T D"]:
     if source == "delta":
         x = np.cumsum(x, axis=-2)
     elif source == "absolute":
@@ -143,7 +146,13 @@ def _shift(x: np.ndarray, source: str, to: str, origin: np.ndarray | None) -> np
     return x + origin if to == "absolute" else x
 
 
-def _turn(m: np.ndarray, source: str, to: str, origin: np.ndarray | None, side: str) -> np.ndarray:
+def _turn(
+    m: Float[np.ndarray, "*batch T 3 3"],
+    source: str,
+    to: str,
+    origin: Float[np.ndarray, "*batch 1 3 3"] | None,
+    side: str,
+) -> Float[np.ndarray, "*batch T 3 3"]:
     body = side == "body"
     if source == "delta":
         m = compose(m, side)
@@ -159,11 +168,11 @@ def _turn(m: np.ndarray, source: str, to: str, origin: np.ndarray | None, side: 
     return m
 
 
-def _transpose(m: np.ndarray) -> np.ndarray:
+def _transpose(m: Float[np.ndarray, "*batch 3 3"]) -> Float[np.ndarray, "*batch 3 3"]:
     return np.swapaxes(m, -1, -2)
 
 
-def _pad(values: np.ndarray, pad_mask: Any, space: ActionSpace) -> np.ndarray:
+def _pad(values: Float[np.ndarray, "*batch T D"], pad_mask: Any, space: ActionSpace) -> Float[np.ndarray, "*batch T D"]:
     mask = np.asarray(pad_mask)
     if mask.dtype != bool or mask.shape != values.shape[:-1]:
         raise DataError(f"pad_mask has dtype {mask.dtype} and shape {mask.shape}; give bool {values.shape[:-1]}")
@@ -229,7 +238,7 @@ def with_rotation(space: ActionSpace, rotation: Rotation, *, scale: float = 1.0)
 
 def convert_rotations(
     actions: Any, space: ActionSpace, rotation: Rotation, *, scale: float = 1.0
-) -> tuple[np.ndarray, ActionSpace]:
+) -> tuple[Float[np.ndarray, "*batch T D"], ActionSpace]:
     """Actions [..., T, D] with every rotation group in another format, and their space (see `with_rotation`).
 
     To invert, convert to the former format with the former scale. Raises ConfigError where an angle's scale is unknown
@@ -248,7 +257,7 @@ def convert_rotations(
     return result.astype(values.dtype, copy=False), target
 
 
-def _matrices(values: np.ndarray, group: ActionGroup) -> np.ndarray:
+def _matrices(values: Float[np.ndarray, "*batch _"], group: ActionGroup) -> Float[np.ndarray, "*batch 3 3"]:
     assert group.rotation is not None
     if group.rotation not in ANGLES:
         return to_matrix(values, group.rotation)
@@ -259,7 +268,7 @@ def _matrices(values: np.ndarray, group: ActionGroup) -> np.ndarray:
     return to_matrix(values * group.scale, group.rotation)
 
 
-def _rotations(matrices: np.ndarray, group: ActionGroup) -> np.ndarray:
+def _rotations(matrices: Float[np.ndarray, "*batch 3 3"], group: ActionGroup) -> Float[np.ndarray, "*batch _"]:
     assert group.rotation is not None
     values = from_matrix(matrices, group.rotation)
     return values / group.scale if group.rotation in ANGLES and group.scale is not None else values
@@ -285,7 +294,7 @@ def path_space(space: ActionSpace) -> ActionSpace:
     return replace(space, groups=tuple(groups), low=None, high=None)
 
 
-def accumulate(actions: Any, space: ActionSpace) -> np.ndarray:
+def accumulate(actions: Any, space: ActionSpace) -> Float[np.ndarray, "*batch T D"]:
     """Where a chunk leads: [..., T, D] in physical units, in the space `path_space(space)`.
 
     Delta groups are summed times their scale, velocities times scale / rate, rotations composed on the side the space
@@ -326,7 +335,7 @@ def _path_factor(group: ActionGroup, rate_hz: float | None) -> float | None:
 # -- checks -------------------------------------------------------------------------------------------------------------
 
 
-def checked_actions(actions: Any, space: ActionSpace, name: str = "actions") -> np.ndarray:
+def checked_actions(actions: Any, space: ActionSpace, name: str = "actions") -> Float[np.ndarray, "*batch T D"]:
     """`actions` as a finite float array [..., T, D] of `space`. Raises DataError or SpaceMismatchError."""
     values = np.asarray(actions)
     if values.dtype.kind != "f":
@@ -345,7 +354,9 @@ def checked_actions(actions: Any, space: ActionSpace, name: str = "actions") -> 
     return values
 
 
-def _anchor(anchor: Any, values: np.ndarray, space: ActionSpace, dims: list[int]) -> np.ndarray:
+def _anchor(
+    anchor: Any, values: Float[np.ndarray, "*batch T D"], space: ActionSpace, dims: list[int]
+) -> Float[np.ndarray, "*batch D"]:
     if anchor is None:
         raise DataError(
             "no anchor was given; absolute and relative actions differ by the state at the chunk's start: give anchor"

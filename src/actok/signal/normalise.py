@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from actok.core.errors import ConfigError
 from actok.signal.statistics import Statistics
@@ -47,12 +48,12 @@ class Normaliser:
     """
 
     kind: NormaliserKind
-    centre: np.ndarray
-    half: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
+    centre: Float[np.ndarray, "D"]
+    half: Float[np.ndarray, "D"]
+    lower: Float[np.ndarray, "D"]
+    upper: Float[np.ndarray, "D"]
     statistics: Statistics | None
-    limits: np.ndarray | None
+    limits: Float[np.ndarray, "2 D"] | None
 
     @classmethod
     def make(cls, kind: str, statistics: Statistics, limits: tuple[Any, Any] | None = None) -> Self:
@@ -86,7 +87,9 @@ class Normaliser:
         return cls(kind=kind, centre=centre, half=half, lower=lower, upper=upper, statistics=s, limits=bounds)  # type: ignore[arg-type]
 
     @classmethod
-    def identity(cls, dim: int, statistics: Statistics | None = None, limits: np.ndarray | None = None) -> Self:
+    def identity(
+        cls, dim: int, statistics: Statistics | None = None, limits: Float[np.ndarray, "2 {dim}"] | None = None
+    ) -> Self:
         """No change; data are expected in [-1, 1]."""
         one = np.ones(dim)
         return cls(
@@ -105,23 +108,25 @@ class Normaliser:
         return len(self.centre)
 
     @property
-    def constant(self) -> np.ndarray:
+    def constant(self) -> Bool[np.ndarray, "D"]:
         """bool [D]: dimensions that did not vary in the data the normaliser was made from."""
         return self.lower == self.upper
 
-    def __call__(self, actions: np.ndarray) -> np.ndarray:
+    def __call__(self, actions: Float[np.ndarray, "*batch D"]) -> Float[np.ndarray, "*batch D"]:
         """Raw [..., D] -> normalised, in the input's float type."""
         return ((actions - self.centre) / self.half).astype(actions.dtype, copy=False)
 
-    def inverse(self, normalised: np.ndarray) -> np.ndarray:
+    def inverse(self, normalised: Float[np.ndarray, "*batch D"]) -> Float[np.ndarray, "*batch D"]:
         """Normalised [..., D] -> raw, in the input's float type."""
         return (normalised * self.half + self.centre).astype(normalised.dtype, copy=False)
 
-    def out_of_range(self, normalised: np.ndarray) -> np.ndarray:
+    def out_of_range(self, normalised: Float[np.ndarray, "*batch D"]) -> Bool[np.ndarray, "*batch D"]:
         """bool [..., D]: True where a normalised value lies outside [lower, upper]."""
         return (normalised < self.lower - RANGE_SLACK) | (normalised > self.upper + RANGE_SLACK)
 
-    def clip_to_limits(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def clip_to_limits(
+        self, actions: Float[np.ndarray, "B T D"]
+    ) -> tuple[Float[np.ndarray, "B T D"], Int[np.ndarray, "B"]]:
         """Raw [B, T, D] moved inside `limits`, and how many values of each chunk moved by more than rounding [B]."""
         if self.limits is None:
             return actions, np.zeros(len(actions), np.int64)

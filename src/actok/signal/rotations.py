@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from actok.core.errors import ConfigError, DataError
 from actok.core.spaces import ROTATION_SIZE
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 
-def to_matrix(values: Any, rotation: str) -> np.ndarray:
+def to_matrix(values: Any, rotation: str) -> Float[np.ndarray, "... 3 3"]:
     """Matrices [..., 3, 3] of rotations [..., n] in the format `rotation`.
 
     Raises ConfigError for an unknown format, DataError for a wrong last axis or dtype.
@@ -65,7 +66,7 @@ def to_matrix(values: Any, rotation: str) -> np.ndarray:
     return matrix.astype(array.dtype, copy=False)
 
 
-def from_matrix(matrix: Any, rotation: str) -> np.ndarray:
+def from_matrix(matrix: Any, rotation: str) -> Float[np.ndarray, "... _"]:
     """Rotations [..., n] in the format `rotation` of proper orthonormal matrices [..., 3, 3].
 
     At gimbal lock (pitch of +-pi/2) the two outer Euler angles are not unique; the pair returned is one whose matrix is
@@ -89,13 +90,13 @@ def from_matrix(matrix: Any, rotation: str) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=array.dtype)
 
 
-def convert_rotation(values: Any, source: str, target: str) -> np.ndarray:
+def convert_rotation(values: Any, source: str, target: str) -> Float[np.ndarray, "... _"]:
     """Rotations [..., m] of format `target` from rotations [..., n] of format `source`, in the canonical range."""
     array = _checked(values, source)
     return from_matrix(to_matrix(array.astype(np.float64, copy=False), source), target).astype(array.dtype, copy=False)
 
 
-def compose(steps: Any, side: str = "body") -> np.ndarray:
+def compose(steps: Any, side: str = "body") -> Float[np.ndarray, "... T 3 3"]:
     """Running products [..., T, 3, 3] of T successive rotations [..., T, 3, 3].
 
     With side "body" each step turns about the axes that the steps before have moved (R_t = R_{t-1} S_t); with "world"
@@ -109,7 +110,7 @@ def compose(steps: Any, side: str = "body") -> np.ndarray:
     return path.astype(array.dtype, copy=False)
 
 
-def geodesic_distance(a: Any, b: Any) -> np.ndarray:
+def geodesic_distance(a: Any, b: Any) -> Float[np.ndarray | np.floating, "..."]:
     """Angle in rad, 0 to pi, of the rotation between matrices [..., 3, 3] and [..., 3, 3].
 
     atan2 of sine and cosine of the angle, so it is accurate to rounding near 0 (where arccos of the trace is not) and
@@ -122,7 +123,7 @@ def geodesic_distance(a: Any, b: Any) -> np.ndarray:
     return angle.astype(np.result_type(first, second), copy=False)
 
 
-def rotation_distance(a: Any, b: Any, rotation: str) -> np.ndarray:
+def rotation_distance(a: Any, b: Any, rotation: str) -> Float[np.ndarray | np.floating, "..."]:
     """Angle in rad [...] between rotations [..., n] of one format."""
     first, second = _checked(a, rotation), _checked(b, rotation)
     angle = geodesic_distance(
@@ -131,7 +132,7 @@ def rotation_distance(a: Any, b: Any, rotation: str) -> np.ndarray:
     return angle.astype(np.result_type(first, second), copy=False)
 
 
-def canonical_quaternion(values: Any, rotation: str = "quaternion_xyzw") -> np.ndarray:
+def canonical_quaternion(values: Any, rotation: str = "quaternion_xyzw") -> Float[np.ndarray, "... 4"]:
     """Of the two quaternions [..., 4] of a rotation the one with w > 0; for half turns, its first non-zero part > 0."""
     if rotation not in ("quaternion_xyzw", "quaternion_wxyz"):
         raise ConfigError(f"{rotation!r} is not a quaternion format; use quaternion_xyzw or quaternion_wxyz")
@@ -141,7 +142,7 @@ def canonical_quaternion(values: Any, rotation: str = "quaternion_xyzw") -> np.n
     return np.where(leading < 0, -array, array)
 
 
-def degenerate(values: Any, rotation: str) -> np.ndarray:
+def degenerate(values: Any, rotation: str) -> Bool[np.ndarray | np.bool_, "..."]:
     """bool [...]: True where values [..., n] determine no rotation (see the module's docstring)."""
     v = _checked(values, rotation).astype(np.float64, copy=False)
     if rotation.startswith("quaternion"):
@@ -159,20 +160,20 @@ def degenerate(values: Any, rotation: str) -> np.ndarray:
 # -- the maths, float64 -----------------------------------------------------------------------------------------------
 
 
-def _axis_angle_to_quaternion(v: np.ndarray) -> np.ndarray:
+def _axis_angle_to_quaternion(v: Float[np.ndarray, "*batch 3"]) -> Float[np.ndarray, "*batch 4"]:
     half = np.linalg.norm(v, axis=-1, keepdims=True) / 2
     # sin(angle / 2) / angle; NumPy's sinc(x) is sin(pi x) / (pi x) and is 1 at 0.
     return np.concatenate([v * (np.sinc(half / np.pi) / 2), np.cos(half)], axis=-1)
 
 
-def _quaternion_to_axis_angle(q: np.ndarray) -> np.ndarray:
+def _quaternion_to_axis_angle(q: Float[np.ndarray, "*batch 4"]) -> Float[np.ndarray, "*batch 3"]:
     length = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
     angle = 2 * np.arctan2(length, q[..., 3:])
     # Where sin underflows, angle / sin(angle / 2) has reached its limit 2.
     return q[..., :3] * np.divide(angle, length, out=np.full_like(length, 2.0), where=length > 0)
 
 
-def _quaternion_to_matrix(q: np.ndarray) -> np.ndarray:
+def _quaternion_to_matrix(q: Float[np.ndarray, "*batch 4"]) -> Float[np.ndarray, "*batch 3 3"]:
     length = np.linalg.norm(q, axis=-1, keepdims=True)
     unit = np.divide(
         q, length, out=np.zeros_like(q) + np.array([0.0, 0.0, 0.0, 1.0]), where=length >= DEGENERATE_LENGTH
@@ -186,7 +187,7 @@ def _quaternion_to_matrix(q: np.ndarray) -> np.ndarray:
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
 
 
-def _matrix_to_quaternion(m: np.ndarray) -> np.ndarray:
+def _matrix_to_quaternion(m: Float[np.ndarray, "*batch 3 3"]) -> Float[np.ndarray, "*batch 4"]:
     """Shepperd 1978: divide by the largest of the four parts, so that no part is lost to cancellation."""
     (a, b, c), (d, e, f), (g, h, i) = (np.moveaxis(m[..., r, :], -1, 0) for r in range(3))
     # Row k holds 4 q_k (x, y, z, w); its diagonal entry is 4 q_k squared.
@@ -202,7 +203,9 @@ def _matrix_to_quaternion(m: np.ndarray) -> np.ndarray:
     return q / np.linalg.norm(q, axis=-1, keepdims=True)
 
 
-def _euler_to_matrix(roll: np.ndarray, pitch: np.ndarray, yaw: np.ndarray) -> np.ndarray:
+def _euler_to_matrix(
+    roll: Float[np.ndarray, "*batch"], pitch: Float[np.ndarray, "*batch"], yaw: Float[np.ndarray, "*batch"]
+) -> Float[np.ndarray, "*batch 3 3"]:
     cr, sr, cp, sp, cy, sy = np.cos(roll), np.sin(roll), np.cos(pitch), np.sin(pitch), np.cos(yaw), np.sin(yaw)
     rows = (
         (cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr),
@@ -212,7 +215,7 @@ def _euler_to_matrix(roll: np.ndarray, pitch: np.ndarray, yaw: np.ndarray) -> np
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
 
 
-def _matrix_to_euler(m: np.ndarray) -> np.ndarray:
+def _matrix_to_euler(m: Float[np.ndarray, "*batch 3 3"]) -> Float[np.ndarray, "*batch 3"]:
     yaw = np.arctan2(m[..., 1, 0], m[..., 0, 0])
     pitch = np.arctan2(-m[..., 2, 0], np.hypot(m[..., 0, 0], m[..., 1, 0]))
     # Roll is read after undoing the yaw just chosen, so near gimbal lock, where yaw alone is noise, the two still make
@@ -222,7 +225,7 @@ def _matrix_to_euler(m: np.ndarray) -> np.ndarray:
     return np.stack([roll, pitch, yaw], axis=-1)
 
 
-def _gram_schmidt(v: np.ndarray) -> np.ndarray:
+def _gram_schmidt(v: Float[np.ndarray, "*batch 6"]) -> Float[np.ndarray, "*batch 3 3"]:
     first = _direction(v[..., :3], np.array([1.0, 0.0, 0.0]))
     second = v[..., 3:]
     length = np.linalg.norm(second, axis=-1, keepdims=True)
@@ -240,7 +243,7 @@ def _gram_schmidt(v: np.ndarray) -> np.ndarray:
     return np.stack([first, second, np.cross(first, second)], axis=-1)
 
 
-def _direction(v: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+def _direction(v: Float[np.ndarray, "*batch 3"], fallback: Float[np.ndarray, "3"]) -> Float[np.ndarray, "*batch 3"]:
     length = np.linalg.norm(v, axis=-1, keepdims=True)
     return np.divide(v, length, out=np.zeros_like(v) + fallback, where=length >= DEGENERATE_LENGTH)
 
@@ -253,7 +256,7 @@ def _known(rotation: str) -> None:
         raise ConfigError(f"rotation format {rotation!r} is unknown; use one of {', '.join(ROTATION_SIZE)}")
 
 
-def _checked(values: Any, rotation: str) -> np.ndarray:
+def _checked(values: Any, rotation: str) -> Float[np.ndarray, "... _"]:
     _known(rotation)
     array = np.asarray(values)
     size = ROTATION_SIZE[rotation]
@@ -264,7 +267,7 @@ def _checked(values: Any, rotation: str) -> np.ndarray:
     return array
 
 
-def _matrix(matrix: Any) -> np.ndarray:
+def _matrix(matrix: Any) -> Float[np.ndarray, "... 3 3"]:
     array = np.asarray(matrix)
     if array.dtype.kind != "f" or array.ndim < 2 or array.shape[-2:] != (3, 3):
         raise DataError(f"rotation matrices have dtype {array.dtype} and shape {array.shape}; give floats [..., 3, 3]")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from actok.core.errors import ConfigError
 from actok.signal.normalise import RANGE_SLACK
@@ -22,7 +23,9 @@ TAILS = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.04, 0.08, 0.16)
 __all__ = ["SMALLEST_BITS", "UniformQuantiser", "allocate_bits"]
 
 
-def allocate_bits(variance: np.ndarray, budget: int, *, largest: int = 8, smallest: int = SMALLEST_BITS) -> np.ndarray:
+def allocate_bits(
+    variance: Float[np.ndarray, "S"], budget: int, *, largest: int = 8, smallest: int = SMALLEST_BITS
+) -> Int[np.ndarray, "S"]:
     """Bits int64 [S], each 0 or from `smallest` to `largest`, that sum to `budget`; more variance never has fewer.
 
     Where all scalars that vary have `largest` bits, what is left of the budget stays unspent. Raises ConfigError for a
@@ -71,12 +74,12 @@ class UniformQuantiser:
         step: float64 [S], width of a bin; 0 where the scalar did not vary.
     """
 
-    bits: np.ndarray
-    low: np.ndarray
-    step: np.ndarray
+    bits: Int[np.ndarray, "S"]
+    low: Float[np.ndarray, "S"]
+    step: Float[np.ndarray, "S"]
 
     @classmethod
-    def fit(cls, values: np.ndarray, bits: np.ndarray) -> Self:
+    def fit(cls, values: Float[np.ndarray, "_ S"], bits: Int[np.ndarray, "S"]) -> Self:
         """Ranges for training values [M, S]: the quantiles at one of TAILS that leave the least squared error."""
         levels = 2.0**bits
         quantiles = np.quantile(values, [*TAILS, *(1 - t for t in TAILS)], axis=0)
@@ -94,11 +97,13 @@ class UniformQuantiser:
         return cls(bits=bits.astype(np.int64), low=low, step=step)
 
     @property
-    def levels(self) -> np.ndarray:
+    def levels(self) -> Int[np.ndarray, "S"]:
         """int64 [S]: 2 ** bits."""
         return 2**self.bits
 
-    def encode(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, values: Float[np.ndarray, "*batch S"]
+    ) -> tuple[Int[np.ndarray, "*batch S"], Bool[np.ndarray, "*batch S"]]:
         """Codes int64 and whether each value lay outside its range (and takes the end bin), both shaped as [..., S]."""
         flat = self.step == 0
         position = (values - self.low) / np.where(flat, 1.0, self.step)
@@ -107,7 +112,7 @@ class UniformQuantiser:
         outside = np.where(flat, np.abs(position) > RANGE_SLACK, (position < -slack) | (position > self.levels + slack))
         return codes, outside
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
+    def decode(self, codes: Int[np.ndarray, "*batch ranks"]) -> Float[np.ndarray, "*batch ranks"]:
         """Bin centres float64 [..., R] of codes [..., R] of the first R <= S scalars."""
         ranks = codes.shape[-1]
         return self.low[:ranks] + (codes + 0.5) * self.step[:ranks]

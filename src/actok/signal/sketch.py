@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
+from jaxtyping import Float
 
 from actok.core.errors import ArtifactError, DataError
 from actok.signal.statistics import QUANTILES, Statistics
@@ -137,7 +138,12 @@ class StatisticsAccumulator:
         return accumulator
 
     def _combine(
-        self, count: int, minimum: np.ndarray, maximum: np.ndarray, mean: np.ndarray, squares: np.ndarray
+        self,
+        count: int,
+        minimum: Float[np.ndarray, "D"],
+        maximum: Float[np.ndarray, "D"],
+        mean: Float[np.ndarray, "D"],
+        squares: Float[np.ndarray, "D"],
     ) -> None:
         total = self.count + count
         delta = mean - self._mean if self.count else np.zeros(self.dim)
@@ -147,7 +153,7 @@ class StatisticsAccumulator:
         self._maximum = np.maximum(self._maximum, maximum)
         self.count = total
 
-    def _keep(self, block: np.ndarray) -> None:
+    def _keep(self, block: Float[np.ndarray, "_ D"]) -> None:
         """Hold a block as it is while all fit, else put everything into the digests."""
         if self._digests is None:
             self._frames.append(block)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from actok.core.errors import ArtifactError, DataError
 
@@ -26,14 +27,16 @@ class Statistics:
     """
 
     count: int
-    minimum: np.ndarray
-    maximum: np.ndarray
-    mean: np.ndarray
-    std: np.ndarray
-    quantiles: np.ndarray
+    minimum: Float[np.ndarray, "D"]
+    maximum: Float[np.ndarray, "D"]
+    mean: Float[np.ndarray, "D"]
+    std: Float[np.ndarray, "D"]
+    quantiles: Float[np.ndarray, "4 D"]
 
     @classmethod
-    def from_array(cls, actions: np.ndarray, pad_mask: np.ndarray | None = None) -> Self:
+    def from_array(
+        cls, actions: Float[np.ndarray, "*batch D"], pad_mask: Bool[np.ndarray, "*batch"] | None = None
+    ) -> Self:
         """Exact statistics of an array [..., D] in memory; `pad_mask` [...] is True on steps to leave out."""
         steps = np.asarray(actions, np.float64)
         steps = steps[~pad_mask] if pad_mask is not None else steps.reshape(-1, steps.shape[-1])
@@ -53,7 +56,7 @@ class Statistics:
         """D."""
         return len(self.mean)
 
-    def quantile(self, level: float) -> np.ndarray:
+    def quantile(self, level: float) -> Float[np.ndarray, "D"]:
         """[D] at one of QUANTILES."""
         return self.quantiles[QUANTILES.index(level)]
 

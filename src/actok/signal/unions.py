@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from actok.core.errors import SpaceMismatchError
 from actok.core.spaces import ActionSpace
@@ -21,7 +22,7 @@ def to_union(
     *,
     mapping: Mapping[str, str] | None = None,
     drop: Sequence[str] = (),
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float[np.ndarray, "*batch T D"], Bool[np.ndarray, "*batch D"]]:
     """Actions [..., T, D] in a wider layout: [..., T, U], absent channels 0, and which are present, bool [..., U].
 
     Groups go to the union's group of the same name, or where `mapping` {own name: union's name} sends them; groups in
@@ -45,7 +46,7 @@ def from_union(
     *,
     mapping: Mapping[str, str] | None = None,
     drop: Sequence[str] = (),
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float[np.ndarray, "*batch T D"], Bool[np.ndarray, "*batch D"]]:
     """Inverse of `to_union` with the same arguments: [..., T, D] of `space`, and bool [..., D], False where dropped."""
     values = checked_actions(actions, union, "union actions")
     result = np.zeros((*values.shape[:-1], space.dim))

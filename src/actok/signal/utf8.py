@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 import numpy as np
+from jaxtyping import Bool, Int, Integer
 
 __all__ = ["BYTE_OF_CHAR", "DecodedRows", "decode_rows", "points_to_text"]
 
@@ -22,19 +23,21 @@ BYTE_OF_CHAR = _byte_characters()
 class DecodedRows(TypedDict):
     """See `decode_rows`."""
 
-    flat: np.ndarray
-    offsets: np.ndarray
-    readable: np.ndarray
+    flat: Int[np.ndarray, "_"]
+    offsets: Int[np.ndarray, "ends"]
+    readable: Bool[np.ndarray, "ends-1"]
 
 
-def points_to_text(points: np.ndarray) -> list[str]:
+def points_to_text(points: Int[np.ndarray, "B N"]) -> list[str]:
     """One string a row of code points [B, N]."""
     n = points.shape[1]
     text = np.ascontiguousarray(points, dtype="<u4").tobytes().decode("utf-32-le")
     return [text[i : i + n] for i in range(0, len(text), n)]
 
 
-def decode_rows(data: np.ndarray, offsets: np.ndarray, characters: np.ndarray) -> DecodedRows:
+def decode_rows(
+    data: Integer[np.ndarray, "_"], offsets: Int[np.ndarray, "ends"], characters: Int[np.ndarray, "ends-1"]
+) -> DecodedRows:
     """Code points of UTF-8 sequences data[offsets[b]:offsets[b + 1]].
 
     `characters` [B] counts each row's bytes that start a character (any but 10xxxxxx). An undecodable part becomes one

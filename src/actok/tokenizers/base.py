@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from actok.core import (
     ActionSpace,
@@ -54,7 +55,7 @@ class Embodiment:
 class CodecInput(NamedTuple):
     """What a codec's fit sees: normalised chunks of one embodiment, and the parts' raw facts."""
 
-    chunks: np.ndarray  # float32 [B, T, D], normalised
+    chunks: Float[np.ndarray, "B T D"]  # float32 [B, T, D], normalised
     embodiment: Embodiment
     part: FitPart
 
@@ -62,19 +63,19 @@ class CodecInput(NamedTuple):
 class Encoded(NamedTuple):
     """What `_encode` returns."""
 
-    flat: np.ndarray  # int64
-    offsets: np.ndarray  # [B + 1]
-    saturated: np.ndarray  # [B]
+    flat: Int[np.ndarray, "_"]  # int64
+    offsets: Int[np.ndarray, "ends"]  # [B + 1]
+    saturated: Int[np.ndarray, "ends-1"]  # [B]
 
 
 class Reconstruction(NamedTuple):
     """What `_decode` returns. Values of invalid rows are ignored unless `repaired`."""
 
-    chunks: np.ndarray  # float32 [B, T, D], normalised
-    valid: np.ndarray  # bool [B]
-    slots_used: np.ndarray  # [B]
+    chunks: Float[np.ndarray, "B T D"]  # float32 [B, T, D], normalised
+    valid: Bool[np.ndarray, "B"]  # bool [B]
+    slots_used: Int[np.ndarray, "B"]  # [B]
     reasons: list[str | None]
-    repaired: np.ndarray | None = None  # bool [B]
+    repaired: Bool[np.ndarray, "B"] | None = None  # bool [B]
 
 
 class ClosedFormTokenizer(ActionTokenizer):
@@ -114,14 +115,14 @@ class ClosedFormTokenizer(ActionTokenizer):
         """Tensors and files of a codec fitted on normalised chunks."""
 
     @abstractmethod
-    def _encode(self, chunks: np.ndarray, embodiment: Embodiment, context: ChunkContext) -> Encoded:
+    def _encode(self, chunks: Float[np.ndarray, "B T D"], embodiment: Embodiment, context: ChunkContext) -> Encoded:
         """Ids of normalised float32 chunks [B, T, D]."""
 
     @abstractmethod
     def _decode(
         self,
-        flat: np.ndarray,
-        offsets: np.ndarray,
+        flat: Int[np.ndarray, "_"],
+        offsets: Int[np.ndarray, "_"],
         horizon: int,
         embodiment: Embodiment,
         context: ChunkContext,
@@ -288,7 +289,9 @@ class ClosedFormTokenizer(ActionTokenizer):
 
     # -- the steps of encode and decode ---------------------------------------------------------------------------
 
-    def _prepare(self, actions: Any, embodiment: Embodiment, context: ChunkContext) -> tuple[np.ndarray, np.ndarray]:
+    def _prepare(
+        self, actions: Any, embodiment: Embodiment, context: ChunkContext
+    ) -> tuple[Float[np.ndarray, "B T D"], Int[np.ndarray, "B"]]:
         """Checked, padded, normalised, masked chunks float32 [B, T, D], and out-of-range counts [B]."""
         chunks = as_float_batch(actions)
         self._check_dim(chunks, embodiment)
@@ -306,7 +309,7 @@ class ClosedFormTokenizer(ActionTokenizer):
             outside &= present[:, None]
         return normalised, outside.sum((1, 2))
 
-    def _check_dim(self, chunks: np.ndarray, embodiment: Embodiment) -> None:
+    def _check_dim(self, chunks: Float[np.ndarray, "B T D"], embodiment: Embodiment) -> None:
         if chunks.shape[2] != embodiment.space.dim:
             raise SpaceMismatchError(
                 f"actions have {chunks.shape[2]} dimensions, embodiment {embodiment.space.embodiment!r} has"
@@ -315,7 +318,7 @@ class ClosedFormTokenizer(ActionTokenizer):
             )
 
     @staticmethod
-    def _mask(mask: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+    def _mask(mask: Any, shape: tuple[int, ...], name: str) -> Bool[np.ndarray, "..."]:
         array = to_numpy(mask)
         if array.dtype != bool or array.shape != shape:
             raise DataError(f"{name} has dtype {array.dtype} and shape {array.shape}; give bool {shape}")
@@ -327,7 +330,9 @@ class ClosedFormTokenizer(ActionTokenizer):
             raise DataError(f"horizon is {chosen!r}; give a whole number of steps, at least 1")
         return int(chosen)
 
-    def _check_ids(self, flat: np.ndarray, offsets: np.ndarray, horizon: int, context: ChunkContext) -> None:
+    def _check_ids(
+        self, flat: Int[np.ndarray, "_"], offsets: Int[np.ndarray, "_"], horizon: int, context: ChunkContext
+    ) -> None:
         layout = self.layout_for(horizon, context.embodiment)
         lengths = np.diff(offsets)
         # A sequence of a length that decodes is checked position by position. Any other becomes valid=False later on;
@@ -406,7 +411,7 @@ class ClosedFormTokenizer(ActionTokenizer):
 LIMIT_MARGIN = 0.25
 
 
-def _limits(space: ActionSpace, statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
+def _limits(space: ActionSpace, statistics: Statistics) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D"]]:
     """Smallest and largest raw value [D] that decoding may give: stated by the space, else observed plus a margin."""
     if space.low is not None and space.high is not None:
         return np.array(space.low), np.array(space.high)
@@ -431,7 +436,9 @@ def _embodiment(space: ActionSpace, statistics: Statistics, kind: str) -> Embodi
     return Embodiment(space, normaliser)
 
 
-def fill_padding(chunks: np.ndarray, pad_mask: np.ndarray, incremental: np.ndarray) -> np.ndarray:
+def fill_padding(
+    chunks: Float[np.ndarray, "B T D"], pad_mask: Bool[np.ndarray, "B T"], incremental: Bool[np.ndarray, "D"]
+) -> Float[np.ndarray, "B T D"]:
     """Canonical padding of raw chunks [B, T, D]: 0 where a dimension is incremental, else the last real value.
 
     Padding must follow the real steps; a chunk of padding alone is refused with DataError.
@@ -446,8 +453,8 @@ def fill_padding(chunks: np.ndarray, pad_mask: np.ndarray, incremental: np.ndarr
 
 
 def fixed_rows(
-    flat: np.ndarray, offsets: np.ndarray, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str | None]]:
+    flat: Int[np.ndarray, "_"], offsets: Int[np.ndarray, "ends"], length: int
+) -> tuple[Int[np.ndarray, "ends-1 {length}"], Bool[np.ndarray, "ends-1"], Int[np.ndarray, "ends-1"], list[str | None]]:
     """Ids as [B, length] with validity, tokens used and reasons; a sequence of another length is invalid (zeros here)."""
     lengths = np.diff(offsets)
     valid = lengths == length

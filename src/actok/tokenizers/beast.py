@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from actok.core import ActionSpace, ChunkContext, ConfigError, DataError, SpaceMismatchError, TokenLayout, to_numpy
 from actok.signal.bspline import control_points, curve
@@ -114,7 +115,7 @@ class BeastTokenizer(ClosedFormTokenizer):
         coords = np.stack([np.zeros_like(basis), basis, part], axis=1)
         return TokenLayout.uniform(self.config.bins, coords, block=len(coords))
 
-    def _encode(self, chunks: np.ndarray, embodiment: Embodiment, context: ChunkContext) -> Encoded:
+    def _encode(self, chunks: Float[np.ndarray, "B T D"], embodiment: Embodiment, context: ChunkContext) -> Encoded:
         controls = _fit(chunks, self.config, embodiment.space, self._start(len(chunks), embodiment, context))
         sent = self._sent(embodiment.space)
         low, step = self._grid(embodiment)
@@ -126,8 +127,8 @@ class BeastTokenizer(ClosedFormTokenizer):
 
     def _decode(
         self,
-        flat: np.ndarray,
-        offsets: np.ndarray,
+        flat: Int[np.ndarray, "_"],
+        offsets: Int[np.ndarray, "_"],
         horizon: int,
         embodiment: Embodiment,
         context: ChunkContext,
@@ -148,14 +149,14 @@ class BeastTokenizer(ClosedFormTokenizer):
             chunks[:, :, gripper == flag] = curve(controls[:, :, gripper == flag], horizon, degree)
         return Reconstruction(np.where(embodiment.normaliser.constant, np.float32(0), chunks), valid, used, reasons)
 
-    def _sent(self, space: ActionSpace) -> np.ndarray:
+    def _sent(self, space: ActionSpace) -> Bool[np.ndarray, "K D"]:
         """bool [K, D]: which control points are tokens; the first of a clamped dimension is not."""
         sent = np.ones((self.config.bases, space.dim), bool)
         if self.config.clamp_start:
             sent[0] = _grippers(space)
         return sent
 
-    def _grid(self, embodiment: Embodiment) -> tuple[np.ndarray, np.ndarray]:
+    def _grid(self, embodiment: Embodiment) -> tuple[Float[np.ndarray, "K D"], Float[np.ndarray, "K D"]]:
         """Lowest level and distance of levels, [K, D] each, normalised; a range without width counts as 1 wide."""
         space = embodiment.space
         found = self._tensors.get(f"range.{space.embodiment}")
@@ -167,7 +168,9 @@ class BeastTokenizer(ClosedFormTokenizer):
         width = found[1] - found[0]
         return found[0], np.where(width > 1e-9, width, 1.0) / (self.config.bins - 1)
 
-    def _start(self, batch: int, embodiment: Embodiment, context: ChunkContext) -> np.ndarray | None:
+    def _start(
+        self, batch: int, embodiment: Embodiment, context: ChunkContext
+    ) -> Float[np.ndarray, "{batch} D"] | None:
         """Normalised [B, D] value that the curves start at, or None where they are free."""
         if not self.config.clamp_start:
             return None
@@ -195,7 +198,9 @@ class BeastTokenizer(ClosedFormTokenizer):
         return start
 
 
-def _fit(chunks: np.ndarray, config: BeastConfig, space: ActionSpace, start: np.ndarray | None) -> np.ndarray:
+def _fit(
+    chunks: Float[np.ndarray, "B T D"], config: BeastConfig, space: ActionSpace, start: Float[np.ndarray, "B D"] | None
+) -> Float[np.ndarray, "B K D"]:
     """Control points [B, K, D] of normalised chunks; `start` binds everything but grippers."""
     gripper = _grippers(space)
     controls = np.empty((len(chunks), config.bases, space.dim))
@@ -205,17 +210,17 @@ def _fit(chunks: np.ndarray, config: BeastConfig, space: ActionSpace, start: np.
     return controls
 
 
-def _grippers(space: ActionSpace) -> np.ndarray:
+def _grippers(space: ActionSpace) -> Bool[np.ndarray, "D"]:
     """bool [D]: dimensions of gripper groups."""
     return np.isin(np.arange(space.dim), [d for g in space.groups if g.kind == "gripper" for d in g.dims])
 
 
-def _relative(space: ActionSpace) -> np.ndarray:
+def _relative(space: ActionSpace) -> Bool[np.ndarray, "D"]:
     """bool [D]: dimensions relative to the state at the chunk's start."""
     return np.isin(np.arange(space.dim), [d for g in space.groups if g.mode == "relative" for d in g.dims])
 
 
-def _rest(space: ActionSpace) -> np.ndarray:
+def _rest(space: ActionSpace) -> Float[np.ndarray, "D"]:
     """[D] raw value of a relative action that does not move: 0, or the identity of a rotation format that has another."""
     rest = np.zeros(space.dim)
     for group in space.groups:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from actok.core import ChunkContext, ConfigError, TokenLayout
 from actok.signal.normalise import RANGE_SLACK
@@ -52,7 +53,7 @@ class BinsTokenizer(ClosedFormTokenizer):
         coords = np.stack([np.zeros_like(time), time, part], axis=1)
         return TokenLayout.uniform(self.config.bins, coords, block=dim)
 
-    def _encode(self, chunks: np.ndarray, embodiment: Embodiment, context: ChunkContext) -> Encoded:
+    def _encode(self, chunks: Float[np.ndarray, "B T D"], embodiment: Embodiment, context: ChunkContext) -> Encoded:
         lower, width = self._grid(embodiment)
         position = (chunks - lower) / width
         codes = np.clip(np.floor(position), 0, self.config.bins - 1).astype(np.int64)
@@ -63,8 +64,8 @@ class BinsTokenizer(ClosedFormTokenizer):
 
     def _decode(
         self,
-        flat: np.ndarray,
-        offsets: np.ndarray,
+        flat: Int[np.ndarray, "_"],
+        offsets: Int[np.ndarray, "_"],
         horizon: int,
         embodiment: Embodiment,
         context: ChunkContext,
@@ -77,7 +78,7 @@ class BinsTokenizer(ClosedFormTokenizer):
         chunks = np.where(constant, 0.0, chunks).astype(np.float32)
         return Reconstruction(chunks, valid, used, reasons)
 
-    def _grid(self, embodiment: Embodiment) -> tuple[np.ndarray, np.ndarray]:
+    def _grid(self, embodiment: Embodiment) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D"]]:
         """Lower edge [D] and bin width [D] in normalised units; a constant dimension keeps the width of [-1, 1]."""
         n = embodiment.normaliser
         lower = np.where(n.constant, -1.0, n.lower)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from actok.tokenizers.scalars import ScalarTokenizer, Transform
 
@@ -29,7 +30,9 @@ class DctTokenizer(ScalarTokenizer):
     kind = "dct"
 
     @classmethod
-    def fit_transform(cls, blocks: Sequence[np.ndarray], sample: np.ndarray, count: int) -> Transform:
+    def fit_transform(
+        cls, blocks: Sequence[Float[np.ndarray, "_ T D"]], sample: Float[np.ndarray, "_ T D"], count: int
+    ) -> Transform:
         """See ScalarTokenizer.fit_transform. Keeps the mean of every coefficient, so that dropped ones have theirs."""
         steps, dim = sample.shape[1:]
         analysis = cosines(np.arange(steps), steps) / steps
@@ -42,13 +45,15 @@ class DctTokenizer(ScalarTokenizer):
         pairs = np.stack([frequency, part], axis=1).astype(np.int64)
         return Transform({"mean": mean, "pairs": pairs}, ("pairs",), variance[frequency, part], kept)
 
-    def _visible(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    def _visible(
+        self, steps: int
+    ) -> tuple[Int[np.ndarray, "shown"], Int[np.ndarray, "shown"], Int[np.ndarray, "shown"], int]:
         """Positions, frequencies and dimensions of the kept scalars that T steps can show, and how many frequencies."""
         frequency, part = self._tensors["pairs"].T
         shown = np.flatnonzero(frequency < steps)
         return shown, frequency[shown], part[shown], min(steps, len(self._tensors["mean"]))
 
-    def _analyse(self, chunks: np.ndarray) -> np.ndarray:
+    def _analyse(self, chunks: Float[np.ndarray, "B T D"]) -> Float[np.ndarray, "B 1 S"]:
         steps = chunks.shape[1]
         shown, frequency, part, count = self._visible(steps)
         coefficients = np.matmul(cosines(np.arange(count), steps) / steps, chunks.astype(np.float64))
@@ -56,18 +61,18 @@ class DctTokenizer(ScalarTokenizer):
         scalars[:, 0, shown] = (coefficients - self._tensors["mean"][:count])[:, frequency, part]
         return scalars
 
-    def _synthesise(self, scalars: np.ndarray, horizon: int) -> np.ndarray:
+    def _synthesise(self, scalars: Float[np.ndarray, "B 1 S"], horizon: int) -> Float[np.ndarray, "B {horizon} D"]:
         shown, frequency, part, count = self._visible(horizon)
         coefficients = np.repeat(self._tensors["mean"][None, :count], len(scalars), axis=0)
         coefficients[:, frequency, part] += scalars[:, 0, shown]
         return np.matmul(cosines(np.arange(count), horizon).T, coefficients)
 
-    def _coordinates(self, windows: int) -> tuple[np.ndarray, np.ndarray]:
+    def _coordinates(self, windows: int) -> tuple[Int[np.ndarray, "S {windows}"], Int[np.ndarray, "S {windows}"]]:
         frequency, part = self._tensors["pairs"].T
         return frequency[:, None], part[:, None]
 
 
-def cosines(frequencies: np.ndarray, steps: int) -> np.ndarray:
+def cosines(frequencies: Int[np.ndarray, "frequencies"], steps: int) -> Float[np.ndarray, "frequencies {steps}"]:
     """float64 [F, T]: 1 for frequency 0, sqrt(2) cos(pi k (2 t + 1) / (2 T)) for the others; rows have norm sqrt(T)."""
     k = np.asarray(frequencies)[:, None]
     wave = np.cos(np.pi * k * (2 * np.arange(steps) + 1) / (2 * steps))

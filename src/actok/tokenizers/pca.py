@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy.linalg import eigh
 
 from actok.tokenizers.scalars import ScalarTokenizer, Transform
@@ -25,7 +26,9 @@ class PcaTokenizer(ScalarTokenizer):
     kind = "pca"
 
     @classmethod
-    def fit_transform(cls, blocks: Sequence[np.ndarray], sample: np.ndarray, count: int) -> Transform:
+    def fit_transform(
+        cls, blocks: Sequence[Float[np.ndarray, "_ T D"]], sample: Float[np.ndarray, "_ T D"], count: int
+    ) -> Transform:
         """See ScalarTokenizer.fit_transform. The largest entry of a component is positive, which fixes its sign."""
         size = sample[0].size
         total = sum(map(len, blocks))
@@ -44,18 +47,20 @@ class PcaTokenizer(ScalarTokenizer):
     def _windows(self, horizon: int) -> int:
         return -(-horizon // self.horizon)
 
-    def _analyse(self, chunks: np.ndarray) -> np.ndarray:
+    def _analyse(self, chunks: Float[np.ndarray, "B T D"]) -> Float[np.ndarray, "B windows S"]:
         windows = self._windows(chunks.shape[1])
         missing = windows * self.horizon - chunks.shape[1]
         held = np.concatenate([chunks, np.repeat(chunks[:, -1:], missing, axis=1)], axis=1)
         flat = held.reshape(len(chunks), windows, -1).astype(np.float64)
         return (flat - self._tensors["mean"]) @ self._tensors["basis"].T
 
-    def _synthesise(self, scalars: np.ndarray, horizon: int) -> np.ndarray:
+    def _synthesise(
+        self, scalars: Float[np.ndarray, "B windows S"], horizon: int
+    ) -> Float[np.ndarray, "B {horizon} D"]:
         flat = self._tensors["mean"] + scalars @ self._tensors["basis"]
         steps = scalars.shape[1] * self.horizon
         return flat.reshape(len(scalars), steps, self.embodiment().space.dim)[:, :horizon]
 
-    def _coordinates(self, windows: int) -> tuple[np.ndarray, np.ndarray]:
+    def _coordinates(self, windows: int) -> tuple[Int[np.ndarray, "S {windows}"], Int[np.ndarray, "S {windows}"]]:
         ranks = len(self._tensors["basis"])
         return np.broadcast_to(np.arange(windows), (ranks, windows)), np.full((ranks, windows), -1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from actok.core import ActionSpace, ChunkContext, ConfigError, SpaceMismatchError, TokenLayout
 from actok.signal.scalar_quantise import SMALLEST_BITS, UniformQuantiser, allocate_bits
@@ -67,8 +68,8 @@ class Transform(NamedTuple):
 
     tensors: dict[str, np.ndarray]  # all that `_analyse` and `_synthesise` need
     rows: tuple[str, ...]  # names of the tensors that have one row a scalar
-    variance: np.ndarray  # float64 [S] over all training chunks
-    sample: np.ndarray  # float64 [M, S], scalars less their mean of the sampled chunks
+    variance: Float[np.ndarray, "S"]  # float64 [S] over all training chunks
+    sample: Float[np.ndarray, "_ S"]  # float64 [M, S], scalars less their mean of the sampled chunks
 
 
 class ScalarTokenizer(ClosedFormTokenizer):
@@ -79,19 +80,23 @@ class ScalarTokenizer(ClosedFormTokenizer):
 
     @classmethod
     @abstractmethod
-    def fit_transform(cls, blocks: Sequence[np.ndarray], sample: np.ndarray, count: int) -> Transform:
+    def fit_transform(
+        cls, blocks: Sequence[Float[np.ndarray, "_ T D"]], sample: Float[np.ndarray, "_ T D"], count: int
+    ) -> Transform:
         """The `count` scalars of most variance over normalised chunks, given in blocks [B, T, D]; `sample` [M, T, D]."""
 
     @abstractmethod
-    def _analyse(self, chunks: np.ndarray) -> np.ndarray:
+    def _analyse(self, chunks: Float[np.ndarray, "B T D"]) -> Float[np.ndarray, "B windows S"]:
         """Kept scalars less their mean, float64 [B, W, S], of normalised chunks."""
 
     @abstractmethod
-    def _synthesise(self, scalars: np.ndarray, horizon: int) -> np.ndarray:
+    def _synthesise(
+        self, scalars: Float[np.ndarray, "B windows S"], horizon: int
+    ) -> Float[np.ndarray, "B {horizon} D"]:
         """Normalised chunks [B, T, D] from kept scalars less their mean [B, W, S]."""
 
     @abstractmethod
-    def _coordinates(self, windows: int) -> tuple[np.ndarray, np.ndarray]:
+    def _coordinates(self, windows: int) -> tuple[Int[np.ndarray, "S {windows}"], Int[np.ndarray, "S {windows}"]]:
         """(time, part) of every scalar and window, [S, W] each; -1 where there is none."""
 
     def _windows(self, horizon: int) -> int:
@@ -147,15 +152,15 @@ class ScalarTokenizer(ClosedFormTokenizer):
             prefixes=tuple(windows * n for n in (*(2**i for i in range((ranks - 1).bit_length())), ranks)),
         )
 
-    def _encode(self, chunks: np.ndarray, embodiment: Embodiment, context: ChunkContext) -> Encoded:
+    def _encode(self, chunks: Float[np.ndarray, "B T D"], embodiment: Embodiment, context: ChunkContext) -> Encoded:
         codes, outside = self._quantiser.encode(self._analyse(chunks))
         flat = codes.transpose(0, 2, 1).reshape(-1)
         return Encoded(flat, np.arange(len(codes) + 1) * codes[0].size, outside.sum((1, 2)))
 
     def _decode(
         self,
-        flat: np.ndarray,
-        offsets: np.ndarray,
+        flat: Int[np.ndarray, "_"],
+        offsets: Int[np.ndarray, "_"],
         horizon: int,
         embodiment: Embodiment,
         context: ChunkContext,
