@@ -386,6 +386,19 @@ def test_damaged_parquet(folder):
         dataset.episode(0)
 
 
+def test_data_files_without_rows_or_with_odd_indices(folder):
+    path = min((folder / "data").rglob("*.parquet"))
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, 0), path)
+    with pytest.raises(DataError, match="holds 0 rows of episode 0"):
+        open_dataset(folder).episode(0)
+    place = table.column_names.index("episode_index")
+    for odd in (pa.array(["x"] * len(table)), pa.nulls(len(table), pa.int64())):
+        pq.write_table(table.set_column(place, "episode_index", odd), path)
+        with pytest.raises(DataError, match="episode_index must be whole numbers"):
+            open_dataset(folder).episode(0)
+
+
 def test_missing_metadata(folder, version):
     files = {
         "v2.1": ["meta/tasks.jsonl", "meta/episodes.jsonl", "meta/info.json"],

@@ -141,12 +141,14 @@ class _Part:
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.dim = action.shape[1]
         self.robot = str(to_numpy(arrays["robot"])) if "robot" in arrays else None
-        self.rate_hz = float(to_numpy(arrays["control_hz"])) if "control_hz" in arrays else None
+        self.rate_hz = self._rate()
         self.proprio = self._per_step("proprio")
         if self.proprio is not None:
             self.proprio = np.ascontiguousarray(self.proprio.reshape(len(action), -1), np.float32)
         self.phase = self._per_step("phase")
         if self.phase is not None:
+            if self.phase.ndim != 1 or self.phase.dtype.kind not in "iu":
+                raise DataError(f"{title}: phase has {self.phase.dtype} {self.phase.shape}; give whole numbers [steps]")
             self.phase = self.phase.astype(np.int64)
         self.phase_names = self._phase_names()
         self.instructions = self._strings("instruction", "")
@@ -158,6 +160,14 @@ class _Part:
         if self.success is not None and self.success.shape != lengths.shape:
             raise DataError(f"{title}: success has shape {self.success.shape}; give one value per episode")
         self.start_state = self._start_state()
+
+    def _rate(self) -> float | None:
+        if "control_hz" not in self._arrays:
+            return None
+        rate = to_numpy(self._arrays["control_hz"])
+        if rate.ndim or rate.dtype.kind not in "iuf":
+            raise DataError(f"{self.title}: control_hz has {rate.dtype} {rate.shape}; give one number")
+        return float(rate)
 
     def _lengths(self, action: np.ndarray) -> np.ndarray:
         stated = self._arrays.get("episode_length")
@@ -197,8 +207,8 @@ class _Part:
         steps = int(self.lengths.sum())
         if array.ndim >= 2 and array.shape[:2] == (len(self.lengths), steps // len(self.lengths)):
             array = array.reshape(steps, *array.shape[2:])  # cut like actions [E, T, D]
-        if len(array) != steps:
-            raise DataError(f"{self.title}: {key} has {len(array)} rows for {steps} actions")
+        if not array.ndim or len(array) != steps:
+            raise DataError(f"{self.title}: {key} of shape {array.shape} for {steps} actions; give one row per step")
         return array
 
     def _phase_names(self) -> tuple[str, ...]:
@@ -207,7 +217,7 @@ class _Part:
         count = int(self.phase.max()) + 1
         if "phase_names" not in self._arrays:
             return tuple(str(i) for i in range(count))
-        names = tuple(str(n) for n in to_numpy(self._arrays["phase_names"]))
+        names = tuple(str(n) for n in np.atleast_1d(to_numpy(self._arrays["phase_names"])))
         if count > len(names):
             raise DataError(f"{self.title}: phase {count - 1} has no name; phase_names holds {len(names)}")
         return names

@@ -157,9 +157,12 @@ class LeRobotFolder(EpisodeDataset):
         state = None
         if state_key is not None:
             state = to_matrix(table[state_key], f"{path}, column {state_key!r}").astype(np.float32)
-        index = table["episode_index"].to_numpy()
+        column = table["episode_index"]
+        if not pa.types.is_integer(column.type) or column.null_count:
+            raise DataError(f"{path}: episode_index must be whole numbers without gaps; write the dataset again")
+        index = column.to_numpy()
         starts = np.flatnonzero(np.diff(index, prepend=index[:1] - 1)) if len(index) else np.zeros(0, np.int64)
-        ends = np.append(starts[1:], len(index))
+        ends = np.append(starts[1:], len(index))[: len(starts)]
         rows = {int(index[a]): slice(int(a), int(b)) for a, b in zip(starts, ends, strict=True)}
         if len(rows) != len(starts):
             raise DataError(f"{path}: the rows of an episode are not in one piece; sort the file by its index column")

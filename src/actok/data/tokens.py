@@ -88,7 +88,12 @@ def read_tokens(path: str | Path) -> TokenTable:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"token file {path} cannot be read ({error}); encode the data again") from None
     if facts.get("format") != FORMAT:
-        raise DataError(f"{path} has format {facts.get('format')!r}, this actok reads {FORMAT!r}; encode the data again")
+        raise DataError(
+            f"{path} has format {facts.get('format')!r}, this actok reads {FORMAT!r}; encode the data again"
+        )
+    wanted = {"tokenizer_hash", "horizon", "embodiment", "dataset", "ids", *_COLUMNS}
+    if missing := sorted(wanted - {*facts, *arrow.column_names}):
+        raise DataError(f"token file {path} lacks {missing[0]!r}; encode the data again")
     ids = arrow["ids"].combine_chunks()
     offsets = ids.offsets.to_numpy().astype(np.int64)
     columns = {name: arrow[name].to_numpy() for name in _COLUMNS}
