@@ -171,6 +171,8 @@ def test_errors_name_the_value_and_the_remedy(place, capsys):
         (["fit", "fast", "--data", str(place / "demos.npz"), "--space", "widow", "--out", str(place / "z")], "widow"),
         (["fit", "fast", *data(place), "--out", str(place / "z"), "--horizon", "0"], "horizon is 0"),
         (["fit", "fast", *data(place), "--out", str(place / "z"), "--set", "horizon=5"], "give --horizon"),
+        (["fit", "fast", *data(place), "--out", str(place / "z"), "--set", "scale=abc"], "scale='abc'"),
+        (["fit", "beast", *data(place), "--out", str(place / "z"), "--set", "clamp_start=False"], "true or false"),
         (["fit", "fast", *data(place), "--out", "/proc/z"], "/proc/"),
         (["encode", str(place / "tok"), *data(place), "--out", str(place)], "name a file"),
         (["encode", str(place / "none"), *data(place), "--out", str(place / "t")], "does not exist"),
@@ -179,11 +181,29 @@ def test_errors_name_the_value_and_the_remedy(place, capsys):
             "cannot be read",
         ),
         (["bench", *data(place), "--tokenizers", "fsat", "--out", str(place / "b")], "did you mean 'fast'?"),
+        (["bench", *data(place), "--tokenizers", "bins", "--horizon", "0", "--out", str(place / "b")], "horizon is 0"),
+        (
+            ["replay", "--data", str(place / "demos.npz"), "--tokenizers", ",", "--out", str(place / "r")],
+            "no tokenizer",
+        ),
         (["collect", "--env", "metaverse", "--out", str(place / "c")], "metaverse"),
     ]
     for arguments, words in cases:
         assert words in fails(arguments, capsys), arguments
     assert not (place / "z").exists()
+
+
+def test_published_files_without_an_action_space(place, capsys):
+    actok.load(place / "tok").to_published(place / "published")
+    processor = place / "published" / "processor_config.json"
+    values = {**json.loads(processor.read_text()), "time_horizon": None, "action_dim": None}
+    processor.write_text(json.dumps(values))
+    assert main(["inspect", str(place / "published")]) == 0
+    assert "any; to be named in every call" in capsys.readouterr().out
+    assert main(["inspect", str(place / "published"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] is None
+    arguments = ["encode", str(place / "published"), *data(place), "--out", str(place / "t.parquet")]
+    assert "no action space of its own" in fails(arguments, capsys)
 
 
 def test_ctrl_c_inside_compiled_code_is_an_interruption(place, capsys, monkeypatch):

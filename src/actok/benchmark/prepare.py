@@ -46,7 +46,7 @@ class Prepared:
         if not len(split.test):
             raise DataError(f"{dataset.name} has {len(dataset)} episodes, too few to hold one out; give at least two")
         self.test_episodes: list[int] = split.test.tolist()
-        steps = horizon or dataset.space.default_horizon
+        steps = dataset.space.default_horizon if horizon is None else horizon
         statistics = cache.statistics(split.train)
         train_pool, test_pool = Chunks(cache, steps, split.train), Chunks(cache, steps, split.test)
         train, test = (

@@ -46,6 +46,8 @@ def replay_held_out(
         seed: of the split.
         workers: processes.
     """
+    if not tokenizers:
+        raise ConfigError("no tokenizer is named; give at least one preset or saved folder")
     env = make_env(env_name)
     dataset = open_dataset(data)
     fitted: dict[str, ActionTokenizer] = {}

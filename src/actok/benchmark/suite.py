@@ -126,7 +126,8 @@ def run_benchmark(
         raise ConfigError(
             f"tokenizers share the label {sorted(repeated)[0]!r}; give (label, name, settings) to tell apart"
         )
-    if horizon is None and len(known := {c.loaded.horizon for c in candidates if c.loaded is not None}) == 1:
+    # (Published FAST files may state no horizon: 0.)
+    if horizon is None and len(known := {c.loaded.horizon for c in candidates if c.loaded and c.loaded.horizon}) == 1:
         horizon = known.pop()
     options = {"horizon": horizon, "seed": seed, "tolerances": tuple(tolerances)}
     prepared = prepare(data, spaces, **options, max_chunks=max_chunks, max_fit_chunks=max_fit_chunks)

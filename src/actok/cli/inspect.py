@@ -48,16 +48,18 @@ def _inspect(args: argparse.Namespace) -> int:
         if not Path(args.path).exists() or (Path(args.path) / "config.json").exists():
             raise
         return _inspect_data(args, error)
-    layout = tokenizer.layout
+    # Published FAST files may state neither horizon nor action space; there is no layout without them.
+    layout = tokenizer.layout if tokenizer.horizon and tokenizer.spaces else None
+    bits = layout.bits if layout and layout.fixed_length else None
     facts = {
         "kind": tokenizer.kind,
         "hash": tokenizer.weights_hash,
         "horizon": tokenizer.horizon,
         "vocab_size": tokenizer.vocab_size,
-        "tokens": [layout.min_len, layout.max_len],
-        "bits": layout.bits if layout.fixed_length else None,
-        "total": layout.total,
-        "passes": layout.passes if layout.fixed_length else None,
+        "tokens": [layout.min_len, layout.max_len] if layout else None,
+        "bits": bits,
+        "total": layout.total if layout else False,
+        "passes": layout.passes if layout and layout.fixed_length else None,
         "settings": vars(tokenizer.config) if hasattr(tokenizer, "config") else {},
         "meta": dict(tokenizer.meta),
         "embodiments": {name: space.to_dict() for name, space in tokenizer.spaces.items()},
@@ -65,15 +67,18 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2, default=list))
         return 0
-    length = str(layout.max_len) if layout.fixed_length else f"{layout.min_len} to {layout.max_len}"
+    unknown = "unknown before horizon and action space are given"
+    length = unknown
+    if layout:
+        length = str(layout.max_len) if layout.fixed_length else f"{layout.min_len} to {layout.max_len}"
     _table(
         [
             ("tokenizer", tokenizer.kind),
             ("hash", tokenizer.weights_hash),
-            ("horizon", f"{tokenizer.horizon} steps"),
+            ("horizon", f"{tokenizer.horizon} steps" if tokenizer.horizon else "any; to be named in every call"),
             ("vocabulary", f"{tokenizer.vocab_size} codes"),
-            ("tokens a chunk", length + (f", {layout.bits:.0f} bits" if layout.fixed_length else "")),
-            ("decodes", "always" if layout.total else "where valid says so; constraint() makes it always"),
+            ("tokens a chunk", length if bits is None else f"{length}, {bits:.0f} bits"),
+            ("decodes", "always" if facts["total"] else "where valid says so; constraint() makes it always"),
             *((f"setting {key}", str(value)) for key, value in facts["settings"].items()),
             *(("fitted on", _fitted_on(d)) for d in tokenizer.meta.get("data", [])),
         ]

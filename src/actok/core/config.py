@@ -39,4 +39,5 @@ def build_config(config_class: type, settings: Mapping[str, Any], owner: str) ->
     try:
         return config_class(**values)
     except TypeError as error:
-        raise ConfigError(f"{owner}: {error}; check the settings' types") from None
+        given = ", ".join(f"{key}={value!r}" for key, value in values.items())
+        raise ConfigError(f"{owner} cannot take {given} ({error}); check the types") from None

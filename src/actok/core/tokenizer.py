@@ -94,6 +94,11 @@ class ActionTokenizer(ABC):
         Raises SpaceMismatchError naming the differences.
         """
         known = self.spaces
+        if not known:
+            raise SpaceMismatchError(
+                "this tokenizer has no action space of its own (published FAST files state none); add one with"
+                " adapt(space, statistics)"
+            )
         candidates = [space.embodiment] if space.embodiment in known else list(known)
         differences = {name: known[name].differences(space) for name in candidates}
         for name, found in differences.items():

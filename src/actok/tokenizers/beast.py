@@ -64,6 +64,8 @@ class BeastConfig:
             )
         if not isinstance(self.bins, int) or not 2 <= self.bins <= 65536:
             raise ConfigError(f"bins is {self.bins!r}; give a whole number from 2 to 65536")
+        if not isinstance(self.clamp_start, bool):
+            raise ConfigError(f"clamp_start is {self.clamp_start!r}; give true or false")
         if self.clamp_start and self.bases < 2:
             raise ConfigError("clamp_start leaves nothing of a spline with 1 base; give at least 2 bases")
 
