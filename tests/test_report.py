@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from actok.benchmark import read_results, run_benchmark, write_report
+from actok.benchmark.plots import _axis
 from actok.benchmark.report import render_report
 from actok.core import ActionGroup, ActionSpace, MissingExtraError
 
@@ -140,6 +141,17 @@ def test_the_page_shows_the_results(results):
 def test_numbers_on_the_axes_are_not_rounded_away(results):
     words = Page((results / "report.html").read_text()).text
     assert {"0.0001", "0.001", "0.01", "0.1"} <= {w.strip() for w in words}
+
+
+def test_labels_of_reconstructions_name_unit_and_step():
+    groups = (
+        ActionGroup(name="tip", kind="position", dims=(0,), mode="delta", unit="m", scale=0.02),
+        ActionGroup(name="arm", kind="joint", dims=(1,), unit="rad", scale=1.0),
+        ActionGroup(name="odd", kind="raw", dims=(2,), mode="delta"),
+    )
+    space = ActionSpace(embodiment="e", dim=3, groups=groups, names=("x", "kRightShoulderPitch", "y"))
+    assert [_axis(space, d)[0] for d in range(3)] == ["x, mm/step", "kRightShoulderPitch\ndeg", "y, raw/step"]
+    assert _axis(space, 0)[1] == 20.0
 
 
 def test_every_tokenizer_is_drawn_in_its_own_way(results):

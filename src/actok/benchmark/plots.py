@@ -28,6 +28,8 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1, 1, 1)))
 INK = "#010203"
 # Half width of the tolerance band in reconstructions: normalised units, 1 % of the range.
 BAND = 0.02
+# Characters of a dimension's name from which its unit takes a second line beside a small plot.
+LONG_NAME = 12
 
 __all__ = [
     "BAND",
@@ -330,9 +332,10 @@ def _axis(space: ActionSpace, dim: int) -> tuple[str, float]:
     unit, factor = reported_unit(group)
     if group.kind == "rotation" and group.rotation not in ("axis_angle", "euler_xyz", "euler_zyx"):
         unit, factor = "", 1.0  # a component of a quaternion or matrix is no angle
-    elif unit == "raw":
-        unit = "raw"
-    return f"{space.names[dim]}{', ' + unit if unit else ''}", factor
+    elif group.mode == "delta":
+        unit += "/step"  # how far each step goes, not where it leads
+    name = space.names[dim]
+    return (f"{name}, {unit}" if len(name) < LONG_NAME else f"{name}\n{unit}") if unit else name, factor
 
 
 def _liveliest(space: ActionSpace, normalised: np.ndarray, most: int = 3) -> list[int]:
