@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actok.benchmark import read_results, run_benchmark, write_report
-from actok.benchmark.plots import _axis
+from actok.benchmark.plots import _axis, replay_figure
 from actok.benchmark.report import render_report
 from actok.core import ActionGroup, ActionSpace, MissingExtraError
 
@@ -152,6 +152,17 @@ def test_labels_of_reconstructions_name_unit_and_step():
     space = ActionSpace(embodiment="e", dim=3, groups=groups, names=("x", "kRightShoulderPitch", "y"))
     assert [_axis(space, d)[0] for d in range(3)] == ["x, mm/step", "kRightShoulderPitch\ndeg", "y, raw/step"]
     assert _axis(space, 0)[1] == 20.0
+
+
+def test_a_narrow_logarithmic_axis_has_several_numbers():
+    replay = {
+        "tokenizers": {
+            name: {"rate": 0.9, "ci95": [0.8, 0.95], "normalised_l1": l1}
+            for name, l1 in (("exact", 0.0), ("fine", 0.0028), ("coarse", 0.08))
+        }
+    }
+    words = {w.strip() for w in Page(replay_figure(replay)).text}
+    assert {"0.005", "0.01", "0.02", "0.05"} <= words
 
 
 def test_every_tokenizer_is_drawn_in_its_own_way(results):

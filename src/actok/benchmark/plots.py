@@ -305,8 +305,8 @@ def _plain_ticks(axes: Any, *, x: bool = True, y: bool = True) -> None:
     for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
         if wanted and axis.get_scale() == "log":
             low, high = axis.get_view_interval()
-            narrow = high / max(low, 1e-300) < 30
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=8))
+            narrow = high / max(low, 1e-300) < 200  # fewer than three powers of ten may fall inside
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=9))
             axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axis.set_minor_formatter(NullFormatter())
 
