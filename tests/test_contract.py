@@ -18,6 +18,7 @@ from actok.core import (
     find_preset,
 )
 from actok.core.registry import load_target, tokenizer_presets
+from actok.signal.rotations import convert_rotation
 from actok.signal.statistics import Statistics
 from actok.training import fit_parts
 
@@ -231,6 +232,37 @@ def test_a_horizon_of_zero_is_refused_and_no_sequence_gives_no_chunk(tokenizer):
     with pytest.raises(DataError, match="horizon is 0"):
         tokenizer.decode(tokenizer.encode(actions, context), horizon=0)
     assert tokenizer.decode([], context_of(tokenizer, actions[:0])).actions.shape == (0, *actions.shape[1:])
+
+
+def test_decoded_rotations_are_proper(name):
+    """Orthonormal 6-D columns and unit quaternions, whatever the ids; an arm that is absent from the data stays zero."""
+    rng = np.random.default_rng(24)
+    space = ActionSpace(
+        embodiment="two_arms",
+        dim=16,
+        groups=(
+            ActionGroup(name="six", kind="rotation", dims=tuple(range(6)), rotation="rot6d"),
+            ActionGroup(name="four", kind="rotation", dims=(6, 7, 8, 9), rotation="quaternion_xyzw"),
+            ActionGroup(name="absent", kind="rotation", dims=tuple(range(10, 16)), rotation="rot6d"),
+        ),
+    )
+    vectors = np.cumsum(rng.normal(size=(64, T, 3)), axis=1) * 0.1
+    parts = [convert_rotation(vectors, "axis_angle", form) for form in ("rot6d", "quaternion_xyzw")]
+    actions = np.concatenate([*parts, np.zeros((64, T, 6))], axis=2).astype(np.float32)
+    with pytest.warns(UserWarning, match=r"absent\.0"):
+        tokenizer = fit_parts(name, [FitPart(actions=actions, space=space)])
+    context = context_of(tokenizer, actions)
+    ids = [tokenizer.encode(actions, context).ids]
+    if tokenizer.layout.total:
+        ids.append(random_ids(tokenizer, len(actions), 25))
+    for sequences in ids:
+        out = tokenizer.decode(sequences, context)
+        assert out.valid.all()
+        first, second = out.actions[:, :, :3], out.actions[:, :, 3:6]
+        for unit in (first, second, out.actions[:, :, 6:10]):
+            np.testing.assert_allclose(np.linalg.norm(unit, axis=-1), 1, atol=1e-5)
+        np.testing.assert_allclose((first * second).sum(-1), 0, atol=1e-5)
+        assert not out.actions[:, :, 10:].any()
 
 
 def test_ordered_layouts_do_not_get_worse_with_more_tokens(tokenizer):

@@ -39,6 +39,7 @@ __all__ = [
     "degenerate",
     "from_matrix",
     "geodesic_distance",
+    "proper",
     "rotation_distance",
     "to_matrix",
 ]
@@ -155,6 +156,23 @@ def degenerate(values: Any, rotation: str) -> Bool[np.ndarray | np.bool_, "..."]
     area = np.linalg.norm(np.cross(first, second), axis=-1)
     short = np.minimum(np.linalg.norm(first, axis=-1), np.linalg.norm(second, axis=-1)) < DEGENERATE_LENGTH
     return short | (area < DEGENERATE_LENGTH * lengths)
+
+
+def proper(values: Any, rotation: str) -> Float[np.ndarray, "... n"]:
+    """Rotations [..., n] as numbers that are one: 6-D columns orthonormal, quaternions of length 1 with their sign kept.
+
+    Angles are returned as they are, and so are values that determine no rotation (`degenerate`: an absent arm's zeros).
+    """
+    array = _checked(values, rotation)
+    if rotation != "rot6d" and not rotation.startswith("quaternion"):
+        return array
+    v = array.astype(np.float64, copy=False)
+    lost = np.asarray(degenerate(v, rotation))[..., None]
+    if rotation == "rot6d":
+        result = from_matrix(to_matrix(v, rotation), rotation)
+    else:
+        result = v / np.where(lost, 1.0, np.linalg.norm(v, axis=-1, keepdims=True))
+    return np.where(lost, v, result).astype(array.dtype, copy=False)
 
 
 # -- the maths, float64 -----------------------------------------------------------------------------------------------

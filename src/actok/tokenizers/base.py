@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from actok.core import (
+    ActionGroup,
     ActionSpace,
     ActionTokenizer,
     Artifact,
@@ -38,7 +39,9 @@ from actok.core import (
     to_numpy,
 )
 from actok.core.errors import DataError
+from actok.signal.conversions import ANGLES
 from actok.signal.normalise import Normaliser
+from actok.signal.rotations import proper
 from actok.signal.statistics import Statistics
 
 __all__ = ["ClosedFormTokenizer", "CodecInput", "Embodiment", "Encoded", "Reconstruction", "fill_padding", "fixed_rows"]
@@ -255,6 +258,9 @@ class ClosedFormTokenizer(ActionTokenizer):
         repaired = np.zeros(len(result.valid), bool) if result.repaired is None else result.repaired
         usable = result.valid | repaired
         actions, clipped = embodiment.normaliser.clip_to_limits(embodiment.normaliser.inverse(result.chunks))
+        for group in _redundant_rotations(embodiment.space):
+            dims = list(group.dims)
+            actions[:, :, dims] = proper(actions[:, :, dims], str(group.rotation))
         if context.dof_mask is not None:
             present = self._mask(context.dof_mask, (len(actions), actions.shape[2]), "dof_mask")
             actions = np.where(present[:, None], actions, np.float32(0))
@@ -411,8 +417,16 @@ class ClosedFormTokenizer(ActionTokenizer):
 LIMIT_MARGIN = 0.25
 
 
+def _redundant_rotations(space: ActionSpace) -> list[ActionGroup]:
+    """Groups whose numbers are a rotation only under constraints (6-D, quaternion), which quantisation breaks."""
+    return [g for g in space.groups if g.rotation not in (None, *ANGLES) and g.mode != "velocity"]
+
+
 def _limits(space: ActionSpace, statistics: Statistics) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D"]]:
-    """Smallest and largest raw value [D] that decoding may give: stated by the space, else observed plus a margin."""
+    """Smallest and largest raw value [D] that decoding may give: stated by the space, else observed plus a margin.
+
+    6-D rotations and quaternions, unless stated, lie in [-1, 1], since decoding makes their vectors unit vectors.
+    """
     if space.low is not None and space.high is not None:
         return np.array(space.low), np.array(space.high)
     soft = np.ones(space.dim)
@@ -420,7 +434,11 @@ def _limits(space: ActionSpace, statistics: Statistics) -> tuple[Float[np.ndarra
         if group.kind in ("gripper", "hand"):
             soft[list(group.dims)] = 0.0
     margin = LIMIT_MARGIN * soft * (statistics.maximum - statistics.minimum)
-    return statistics.minimum - margin, statistics.maximum + margin
+    low, high = statistics.minimum - margin, statistics.maximum + margin
+    for group in _redundant_rotations(space):
+        dims = list(group.dims)
+        low[dims], high[dims] = np.minimum(statistics.minimum[dims], -1.0), np.maximum(statistics.maximum[dims], 1.0)
+    return low, high
 
 
 def _embodiment(space: ActionSpace, statistics: Statistics, kind: str) -> Embodiment:
