@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 import actok
 from actok.core import ActionSpace, ArtifactError, ChunkContext, ConfigError, FitPart, SpaceMismatchError
 from actok.signal.statistics import Statistics
-from actok.tokenizers.fast import FastConfig, FastTokenizer
+from actok.tokenizers.fast import FastConfig, FastTokenizer, quantise
 from actok.tokenizers.fast_plus import is_published_folder
 from realdata import REAL, needs_real
 
@@ -87,6 +87,13 @@ def test_what_lies_outside_the_alphabet_is_saturated_and_counted():
     assert np.isfinite(out.actions).all()
     high = tokenizer.alphabet(T).high + tokenizer.min_token
     assert high <= round(10 * math.sqrt(T) * 1.5)
+
+
+@pytest.mark.parametrize("value", [1e9, -1e9, 3e37, -3e37])
+def test_values_beyond_any_integer_keep_their_sign(fast, value):
+    mean = quantise(np.full((1, T, 1), value, np.float32), 10.0)[0, 0, 0]
+    assert mean == np.sign(value) * 2**30
+    assert fast.encode(np.full((1, T, D), value, np.float32)).saturated[0] >= D
 
 
 def test_alphabet_larger_than_the_vocabulary_names_the_remedies():

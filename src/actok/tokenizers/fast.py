@@ -379,9 +379,11 @@ def _normalised(dim: int) -> Embodiment:
 
 
 def quantise(chunks: np.ndarray, scale: float) -> np.ndarray:
-    """Rounded coefficients int32 [B, T, D] of float32 chunks."""
-    coefficients = scipy.fft.dct(chunks, axis=1, norm="ortho")
-    coefficients *= np.float32(scale)
+    """Rounded coefficients int32 [B, T, D] of float32 chunks; beyond +-2 ** 30 (far out of range) they stop there."""
+    with np.errstate(over="ignore"):
+        coefficients = scipy.fft.dct(chunks, axis=1, norm="ortho")
+        coefficients *= np.float32(scale)
+    np.clip(coefficients, -(2.0**30), 2.0**30, out=coefficients)
     return np.rint(coefficients, out=coefficients).astype(np.int32)
 
 
