@@ -125,7 +125,10 @@ def test_packaged_spaces_exist():
 
 
 def test_a_missing_location_is_named_with_the_remedy():
-    with pytest.raises(ConfigError, match=r'droid_ee is; give source in a TOML file of your own, or pass locations=\{"droid_ee": "/path/to/it"\}'):
+    with pytest.raises(
+        ConfigError,
+        match=r'droid_ee is; give source in a TOML file of your own, or pass locations=\{"droid_ee": "/path/to/it"\}',
+    ):
         load_mixture("faster_l")
     with pytest.raises(ConfigError, match="droid_joint_velocity and galaxea are"):
         load_mixture("faster_xl", {"droid_ee": "/x"})
