@@ -1,5 +1,6 @@
 """fit() and the tolerance search: splits are honest, the coarsest setting is found, and failure says how near it came."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -135,8 +136,11 @@ def test_a_bound_in_a_unit_the_space_lacks_is_refused():
 
 
 def test_a_bound_on_nothing_is_said():
-    with pytest.warns(UserWarning, match="nothing of arrays is measured in deg, but in fraction, mm"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
         fit("bins", [episodes(60, 4)], space=ARM, tolerance="20 mm, 1 deg")
+    (said,) = (str(w.message) for w in caught)
+    assert "nothing of arrays is measured in deg, but in fraction, mm" in said
 
 
 def test_what_the_user_sets_is_searched_once():

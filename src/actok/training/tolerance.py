@@ -235,7 +235,7 @@ def _judge_all(
             warnings.warn(
                 f"tolerance {tolerance}: nothing of {dataset} is measured in {', '.join(sorted(idle))}, but"
                 f" in {', '.join(sorted(units))}; name an action space that states the unit, or leave that bound out",
-                stacklevel=2,
+                stacklevel=1,
             )
     return errors, float(np.mean(bits)), worst
 
