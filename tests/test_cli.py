@@ -125,6 +125,26 @@ def test_encoding_data_of_another_space_is_refused(place, capsys):
     assert "dimensions: 3 against 5" in message
 
 
+def test_rates_are_resampled_when_asked_and_mentioned_when_they_differ(place, capsys):
+    """Data at twice the rate: a warning names the remedy, and with it there are half as many steps."""
+    demos = np.load(place / "demos.npz")
+    np.savez(place / "fast.npz", action=demos["action"], episode_length=demos["episode_length"], control_hz=40.0)
+    arguments = ["encode", str(place / "tok"), "--data", str(place / "fast.npz"), "--space", str(place / "space.toml")]
+    out = place / "rate.parquet"
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert "resample with --rate 20" in capsys.readouterr().err
+    from actok.data import read_tokens
+
+    steps = read_tokens(out).real_steps.sum()
+    assert main([*arguments, "--out", str(out), "--rate", "20"]) == 0
+    assert capsys.readouterr().err == ""
+    halves = -(-demos["episode_length"] // 2)
+    assert (steps, read_tokens(out).real_steps.sum()) == (demos["episode_length"].sum(), halves.sum())
+    fast = str(place / "fit40")
+    assert main(["fit", "bins", *arguments[2:], "--out", fast, "--rate", "10"]) == 0
+    assert actok.load(fast).spaces["test_arm"].rate_hz == 10
+
+
 def test_tolerance_reports_what_it_chose(place, capsys):
     out = str(place / "tol")
     assert main(["fit", "bins", *data(place), "--out", out, "--tolerance", "20 mm"]) == 0
@@ -186,6 +206,7 @@ def test_errors_name_the_value_and_the_remedy(place, capsys):
             ["replay", "--data", str(place / "demos.npz"), "--tokenizers", ",", "--out", str(place / "r")],
             "no tokenizer",
         ),
+        (["replay", "--tokenizers", "fsat", "--out", str(place / "r")], "did you mean 'fast'?"),
         (["collect", "--env", "metaverse", "--out", str(place / "c")], "metaverse"),
     ]
     for arguments, words in cases:

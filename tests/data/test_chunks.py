@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from actok.core import ActionGroup, ActionSpace, ConfigError, DataError, SpaceMismatchError
 from actok.data.chunks import Chunks, FrameCache
 from actok.data.episodes import Episode, EpisodeDataset
+from actok.data.open import open_dataset
 from actok.signal.statistics import Statistics
 from realdata import REAL, needs_real
 
@@ -106,6 +107,22 @@ def test_a_folder_gives_what_memory_gives_and_is_read_once(tmp_path):
         assert not cache.actions.flags.writeable
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["actions.npy", "meta.json", "proprio.npy"]
+
+
+def test_a_cache_folder_named_by_the_environment_is_used_for_files(tmp_path, monkeypatch):
+    """Frames of data on disk are then mapped from it, and read once; data in memory stay in memory."""
+    actions = np.random.default_rng(0).normal(size=(29, 3)).astype(np.float32)
+    np.savez(tmp_path / "demos.npz", action=actions, episode_length=[13, 16])
+    monkeypatch.setenv("ACTOK_CACHE", str(tmp_path / "caches"))
+    dataset = open_dataset(tmp_path / "demos.npz")
+    first = FrameCache.build(dataset)
+    (folder,) = (tmp_path / "caches").iterdir()
+    np.testing.assert_array_equal(first.actions, actions)
+    assert not first.actions.flags.writeable
+    FrameCache.build(open_dataset([actions]))
+    assert [*(tmp_path / "caches").iterdir()] == [folder]
+    monkeypatch.setattr(type(dataset), "episode", None)  # a second build reads no episode
+    np.testing.assert_array_equal(FrameCache.build(dataset).actions, actions)
 
 
 def test_a_stale_cache_is_rebuilt(tmp_path):

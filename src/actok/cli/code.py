@@ -29,7 +29,15 @@ def _encode(args: argparse.Namespace) -> int:
     stride = tokenizer.horizon if args.stride is None else args.stride
     if stride < 1:
         raise ConfigError(f"--stride is {stride}; give at least 1 step")
-    chunks = Chunks(FrameCache.build(dataset), tokenizer.horizon, stride=stride)
+    cache = FrameCache.build(dataset, rate_hz=args.rate)
+    fitted_hz, given_hz = tokenizer.spaces[embodiment].rate_hz, cache.space.rate_hz
+    if None not in (fitted_hz, given_hz) and fitted_hz != given_hz:
+        print(
+            f"actok: warning: {dataset.name} is at {given_hz:g} Hz, {embodiment} was fitted at {fitted_hz:g} Hz, so a chunk"
+            f" lasts another time; resample with --rate {fitted_hz:g}",
+            file=sys.stderr,
+        )
+    chunks = Chunks(cache, tokenizer.horizon, stride=stride)
     ids, lengths, columns, anchors = [], [], [], []
     for first in tqdm(range(0, len(chunks), BATCH), "encode", unit="batch", delay=2, disable=None):
         batch = chunks.batch(np.arange(first, min(first + BATCH, len(chunks))))

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 # Arguments of `fit` that are no settings, and how the command line takes them.
-OPTIONS = {"name": "NAME", "data": "--data", **{k: f"--{k}" for k in ("tolerance", "horizon", "space", "seed")}}
+OPTIONS = {
+    "name": "NAME",
+    "data": "--data",
+    **{k: f"--{k}" for k in ("tolerance", "horizon", "space", "seed")},
+    "rate_hz": "--rate",
+}
 
 __all__ = ["run"]
 
@@ -30,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         tolerance=args.tolerance,
         horizon=args.horizon,
         space=args.space,
+        rate_hz=args.rate,
         seed=args.seed,
         **settings,
     )

@@ -45,7 +45,7 @@ def _inspect(args: argparse.Namespace) -> int:
     try:
         tokenizer = load(args.path)
     except ArtifactError as error:
-        if not Path(args.path).exists() or (Path(args.path) / "config.json").exists():
+        if (Path(args.path) / "config.json").exists():
             raise
         return _inspect_data(args, error)
     # Published FAST files may state neither horizon nor action space; there is no layout without them.

@@ -16,7 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="actok",
         description="Action tokenizers for vision-language-action models: fit, use, compare, replay in simulation.",
-        epilog="Exit codes: 0 done, 1 error, 2 usage, 3 done but something in it failed, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 error, 2 usage, 3 done but something in it failed, 130 interrupted. With the"
+        " environment variable ACTOK_CACHE naming a folder, data are memory-mapped from there instead of held in memory.",
     )
     parser.add_argument("--version", action="version", version=f"actok {__version__}")
     debug = argparse.ArgumentParser(add_help=False)
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _data(v, many=True, more=", or one mixture (name or TOML)")
     v.add_argument("--out", required=True, metavar="DIR", help="folder to save the tokenizer in")
     _settings(v)
+    _rate(v)
     v.add_argument("--tolerance", metavar="TEXT", help='search the coarsest setting within e.g. "2 mm, 1 deg" (p99)')
     v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: one second)")
     _seed(v, "of the split into training, validation and test episodes")
@@ -54,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("tokenizer", metavar="DIR", help="saved tokenizer, or Hub id")
     _data(v, many=False)
     v.add_argument("--out", required=True, metavar="FILE", help="parquet file to write")
+    _rate(v)
     v.add_argument("--stride", type=int, help="steps between chunk starts (default: the horizon, so chunks tile)")
 
     v = verb("decode", "turn a token file back into actions", "code")
@@ -107,6 +110,12 @@ def _data(v: argparse.ArgumentParser, *, many: bool, more: str = "") -> None:
         help="LeRobot, RLDS, HDF5 or npz folder or file, or Hub id" + ("; several allowed" if many else "") + more,
     )
     v.add_argument("--space", metavar="NAME_OR_TOML", help="action space of the data, where they do not tell")
+
+
+def _rate(v: argparse.ArgumentParser) -> None:
+    v.add_argument(
+        "--rate", type=float, metavar="HZ", help="resample the data to this rate first (default: as they are)"
+    )
 
 
 def _settings(v: argparse.ArgumentParser) -> None:

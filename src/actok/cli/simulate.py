@@ -45,14 +45,18 @@ def collect_into(
 
 def _replay(args: argparse.Namespace) -> int:
     from actok.benchmark import replay_held_out, replay_text
+    from actok.core import find_preset
 
+    names = [name for name in args.tokenizers.split(",") if name]
+    for name in names:
+        if not Path(name).exists() and "/" not in name:
+            find_preset(name)  # a misspelt name is said before anything is collected
     data = args.data
     if data is None:
         data = str(Path(args.out) / args.env)
         if not Path(data).exists():
             # A tenth of the episodes is held out for testing.
             collect_into(data, args.env, "all", 10 * args.episodes, seed=args.seed, workers=args.workers)
-    names = [name for name in args.tokenizers.split(",") if name]
     result = replay_held_out(
         data,
         names,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from actok.signal.statistics import Statistics
 
 FORMAT = "actok-frames"
 VERSION = 1
+CACHE_VARIABLE = "ACTOK_CACHE"
 META, ACTIONS, PROPRIO = "meta.json", "actions.npy", "proprio.npy"
 # Frames handed to the statistics at a time: large enough to amortise sorting, small enough to stay in cache.
 BLOCK = 65536
@@ -68,8 +70,10 @@ class FrameCache:
 
         With a folder the arrays are written there and memory-mapped; a later call with the same data returns what is
         there without reading an episode. The folder knows its data by action space, rate, episode lengths, tasks, the
-        selection of episodes and the size and modification time of the source files (by the values themselves where there are no files); where any of
-        them differs, it is rebuilt. It appears by one rename, so a half-written cache never exists under its name.
+        selection of episodes and the size and modification time of the source files (by the values themselves where
+        there are no files); where any of them differs, it is rebuilt. It appears by one rename, so a half-written cache
+        never exists under its name. Without a folder the frames are held in memory, unless the environment variable
+        ACTOK_CACHE names a folder: data on disk then get a cache of their own in it, for data larger than memory.
 
         Raises:
             DataError: no frame at all; a value that is not finite; an episode that has another length than the dataset
@@ -83,13 +87,19 @@ class FrameCache:
             lengths = np.array([resampled_length(int(n), dataset.space.rate_hz, rate_hz) for n in lengths], np.int64)
         if not lengths.sum():
             raise DataError(f"dataset {dataset.name!r} has no frame in {len(lengths)} episodes; give at least one step")
+        fingerprint = None
+        if folder is None and os.environ.get(CACHE_VARIABLE) and dataset.source_files:
+            fingerprint = _fingerprint(dataset, space, rate_hz)
+            folder = (
+                Path(os.environ[CACHE_VARIABLE]) / f"{re.sub(r'[^0-9A-Za-z._-]', '_', dataset.name)}-{fingerprint[:16]}"
+            )
         if folder is None:
             return _fill(cls, dataset, space, lengths, rate_hz, None)
 
-        folder = Path(folder).absolute()
+        folder = Path(folder).expanduser().absolute()
         if folder.exists() and not (folder / META).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(f"{folder} exists and is no frame cache; name a new or empty folder")
-        fingerprint = _fingerprint(dataset, space, rate_hz)
+        fingerprint = fingerprint or _fingerprint(dataset, space, rate_hz)
         if (found := _open_if(cls, folder, fingerprint)) is not None:
             return found
         folder.parent.mkdir(parents=True, exist_ok=True)

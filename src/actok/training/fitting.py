@@ -89,6 +89,7 @@ def fit(
     tolerance: Any = None,
     horizon: int | None = None,
     space: str | Path | ActionSpace | None = None,
+    rate_hz: float | None = None,
     seed: int = 0,
     max_chunks: int = 200_000,
     **settings: Any,
@@ -109,6 +110,7 @@ def fit(
         horizon: T; default one second of control (`ActionSpace.default_horizon`), where all datasets agree on it.
             Ignored for an array of chunks.
         space: action space preset, TOML file or object; needed where the data do not tell.
+        rate_hz: resample every dataset to this rate first; None: each at its own.
         seed: of the split and of subsampling.
         max_chunks: a larger training set is subsampled to this many chunks, evenly over all.
         **settings: override the preset's settings.
@@ -126,7 +128,13 @@ def fit(
     # A list of arrays [T, D] is one dataset, its episodes; a list of anything else holds one dataset an entry.
     several = isinstance(data, (list, tuple)) and data and not (_is_array(data[0]) and data[0].ndim == 2)
     sources = data if several else [data]
-    options: dict[str, Any] = {"horizon": horizon, "space": space, "seed": seed, "max_chunks": max_chunks}
+    options: dict[str, Any] = {
+        "horizon": horizon,
+        "space": space,
+        "rate_hz": rate_hz,
+        "seed": seed,
+        "max_chunks": max_chunks,
+    }
     materials = [
         load_material(source, hold_out=tolerance is not None or not _is_array(source), **options) for source in sources
     ]
@@ -198,6 +206,7 @@ def load_material(
     *,
     horizon: int | None = None,
     space: str | Path | ActionSpace | None = None,
+    rate_hz: float | None = None,
     seed: int = 0,
     max_chunks: int = 200_000,
     hold_out: bool = True,
@@ -211,8 +220,9 @@ def load_material(
         source = list(as_float_batch(source, "chunks"))
         stride = horizon = len(source[0])
     dataset = open_dataset(source, space=space)
-    cache = FrameCache.build(dataset)
-    steps = dataset.space.default_horizon if horizon is None else horizon
+    cache = FrameCache.build(dataset, rate_hz=rate_hz)
+    space = cache.space
+    steps = space.default_horizon if horizon is None else horizon
     split = split_dataset(dataset, fractions=FRACTIONS if hold_out else (1.0, 0.0, 0.0), seed=seed)
     accumulator = cache.accumulate(split.train)
     statistics = accumulator.result()
@@ -229,7 +239,7 @@ def load_material(
         batch = pool.batch(wanted)
         anchors[which] = batch.anchor
         pad = batch.pad_mask if batch.pad_mask.any() else None
-        return FitPart(actions=batch.actions, space=dataset.space, statistics=statistics, pad_mask=pad)
+        return FitPart(actions=batch.actions, space=space, statistics=statistics, pad_mask=pad)
 
     train = part("train")
     assert train is not None, "split_dataset fills train first"
