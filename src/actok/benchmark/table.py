@@ -106,8 +106,12 @@ def behaviour_columns(units: Sequence[Mapping[str, Any]]) -> list[Column]:
         Column(title="tokenizer", meaning="", cells=tuple(str(u["tokenizer"]) for u in units)),
         column("used", "codes used, mean over tables (uniform draws would use)", _used),
         column("H/Hmax", "normalised entropy of the codes", lambda m: number(_mean(m["codes"], "entropy"))),
-        column("ppl3", "3-gram perplexity of held-out codes", lambda m: number(m["ngram"][-1]["perplexity"])),
-        column("bits3", "3-gram bits per chunk", lambda m: number(m["ngram"][-1]["bits_per_chunk"])),
+        column(
+            "ppl (n)",
+            "perplexity of held-out codes under the best n-gram model, and its n (1 to 3)",
+            lambda m: f"{number(_best_ngram(m)['perplexity'])} ({_best_ngram(m)['order']})",
+        ),
+        column("n-gram b", "bits per chunk under that model", lambda m: number(_best_ngram(m)["bits_per_chunk"])),
         column(
             "noise",
             "token error rate at the largest input noise",
@@ -234,6 +238,12 @@ def _tokens(metrics: Mapping[str, Any]) -> str:
 
 def _used(metrics: Mapping[str, Any]) -> str:
     return f"{percent(_mean(metrics['codes'], 'used'))} ({percent(_mean(metrics['codes'], 'used_if_uniform'))})"
+
+
+def _best_ngram(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The order that predicts best: longer histories can be too rare in the training codes to help."""
+    best: Mapping[str, Any] = min(metrics["ngram"], key=lambda fit: fit["bits_per_chunk"])
+    return best
 
 
 def _mean(tables: Sequence[Mapping[str, Any]], key: str) -> float | None:
