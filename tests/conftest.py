@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
@@ -24,3 +25,8 @@ SHAPED = sorted(
     if "\nfrom jaxtyping import " in p.read_text(encoding="utf-8")
 )
 install_import_hook(SHAPED, "shape_checker.checked")
+
+# The same examples on every machine and in every run; HYPOTHESIS_PROFILE=explore draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

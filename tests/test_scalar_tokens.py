@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.fft import dct
 
@@ -55,6 +55,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*never changes")
     mean=st.floats(0.1, 8),
     largest=st.integers(3, 12),
 )
+@example(variance=[1.0, 5e-324], mean=3.0, largest=3)
 def test_bits_sum_to_the_budget_and_follow_the_variance(variance: list[float], mean: float, largest: int) -> None:
     values = np.array(variance)
     budget = max(2, round(mean * len(values)))

@@ -40,13 +40,15 @@ def allocate_bits(
     varying = int((ranked > 0).sum())
     budget = min(budget, varying * largest)
     bits = np.zeros(len(ranked), np.int64)
-    opening = ranked * (1 - 4.0**-smallest) / smallest  # gain per bit of the first `smallest` bits
-    gain = np.where(ranked > 0, opening, -1.0)
+    # Logarithms of the gain per bit, so that no variance is too small to compare; -inf where no bit may go.
+    with np.errstate(divide="ignore"):
+        log_variance = np.log2(ranked)
+    gain = log_variance + np.log2((1 - 4.0**-smallest) / smallest)  # of the first `smallest` bits together
     left = budget
     while left > 0:
         cost = np.where(bits == 0, smallest, 1)
-        i = int(np.argmax(np.where(cost <= left, gain, -1.0)))
-        if gain[i] <= 0 or cost[i] > left:
+        i = int(np.argmax(np.where(cost <= left, gain, -np.inf)))
+        if gain[i] == -np.inf or cost[i] > left:
             # Only scalars without bits remain and the rest does not open one: the last one served makes up for it.
             served = int((bits > 0).sum())
             donor = int(np.flatnonzero(bits == bits[:served].max())[-1])
@@ -58,7 +60,7 @@ def allocate_bits(
             break
         bits[i] += cost[i]
         left -= int(cost[i])
-        gain[i] = -1.0 if bits[i] == largest else ranked[i] * 0.75 * 4.0 ** -float(bits[i])
+        gain[i] = -np.inf if bits[i] == largest else log_variance[i] + np.log2(0.75) - 2.0 * bits[i]
     result = np.empty_like(bits)
     result[order] = bits
     return result
