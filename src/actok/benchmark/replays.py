@@ -11,7 +11,7 @@ from typing import Any
 from actok.benchmark.results import provenance, write_results
 from actok.benchmark.table import percent, render_columns, replay_columns
 from actok.core import ActionTokenizer, ConfigError, tokenizer_presets
-from actok.data import EpisodeDataset, open_dataset, split_dataset
+from actok.data import EpisodeDataset, FrameCache, open_dataset, split_dataset
 from actok.envs import make_env
 from actok.evaluation.replay import EXACT, replay
 from actok.training import fit, load
@@ -57,6 +57,9 @@ def replay_held_out(
         else:
             label, tokenizer = Path(name).name, load(name)
             _warn_of_other_split(label, tokenizer, dataset, seed)
+            if not tokenizer.spaces:  # published FAST files know no robot
+                train = split_dataset(dataset, fractions=FRACTIONS, seed=seed).train
+                tokenizer = tokenizer.adapt(dataset.space, FrameCache.build(dataset).statistics(train))
         if label in fitted:
             raise ConfigError(f"two tokenizers are called {label!r}; rename one of the folders")
         fitted[label] = tokenizer

@@ -312,7 +312,7 @@ def _replay(
         return kept
     fitted = {}
     for candidate in candidates:
-        unit = _attempt(lambda c=candidate: {"tokenizer": _fitted(dataset, c)})  # type: ignore[misc]
+        unit = _attempt(lambda c=candidate: {"tokenizer": embodiment_for(_fitted(dataset, c), dataset.held_out)[0]})  # type: ignore[misc]
         if unit["status"] == "ok":
             fitted[candidate.label] = unit["tokenizer"]
     result = replay(

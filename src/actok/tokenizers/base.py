@@ -6,10 +6,9 @@ A subclass sees only finite normalised chunks and in-vocabulary ids. It defines 
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -17,7 +16,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from actok.core import (
-    ActionGroup,
     ActionSpace,
     ActionTokenizer,
     Artifact,
@@ -39,20 +37,12 @@ from actok.core import (
     to_numpy,
 )
 from actok.core.errors import DataError
-from actok.signal.conversions import ANGLES
 from actok.signal.normalise import Normaliser
 from actok.signal.rotations import proper
 from actok.signal.statistics import Statistics
+from actok.tokenizers.embodiments import Embodiment, make_embodiment, redundant_rotations
 
-__all__ = ["ClosedFormTokenizer", "CodecInput", "Embodiment", "Encoded", "Reconstruction", "fill_padding", "fixed_rows"]
-
-
-@dataclass(frozen=True, eq=False)
-class Embodiment:
-    """One robot that a tokenizer knows: its action space and normaliser."""
-
-    space: ActionSpace
-    normaliser: Normaliser
+__all__ = ["ClosedFormTokenizer", "CodecInput", "Encoded", "Reconstruction", "fill_padding", "fixed_rows"]
 
 
 class CodecInput(NamedTuple):
@@ -163,7 +153,7 @@ class ClosedFormTokenizer(ActionTokenizer):
                     )
             else:
                 statistics = part.statistics or Statistics.from_array(actions, part.pad_mask)
-                known = embodiments[name] = _embodiment(part.space, statistics, config.normaliser)
+                known = embodiments[name] = make_embodiment(part.space, statistics, config.normaliser)
             inputs.append(CodecInput(known.normaliser(actions), known, part))
         tensors, files = cls.fit_codec(inputs, config, horizon)
         return cls(
@@ -191,7 +181,10 @@ class ClosedFormTokenizer(ActionTokenizer):
                 f"statistics have {statistics.dim} dimensions, the space {space.dim}; give both of one"
             )
         self._check_adaptable(space)
-        embodiments = {**self._embodiments, space.embodiment: _embodiment(space, statistics, self.config.normaliser)}
+        embodiments = {
+            **self._embodiments,
+            space.embodiment: make_embodiment(space, statistics, self.config.normaliser),
+        }
         return type(self)(self.config, embodiments, self._horizon, self._tensors, self._files, self._meta)
 
     def _check_adaptable(self, space: ActionSpace) -> None:
@@ -258,7 +251,7 @@ class ClosedFormTokenizer(ActionTokenizer):
         repaired = np.zeros(len(result.valid), bool) if result.repaired is None else result.repaired
         usable = result.valid | repaired
         actions, clipped = embodiment.normaliser.clip_to_limits(embodiment.normaliser.inverse(result.chunks))
-        for group in _redundant_rotations(embodiment.space):
+        for group in redundant_rotations(embodiment.space):
             dims = list(group.dims)
             actions[:, :, dims] = proper(actions[:, :, dims], str(group.rotation))
         if context.dof_mask is not None:
@@ -410,48 +403,6 @@ class ClosedFormTokenizer(ActionTokenizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config}, horizon={self._horizon}, embodiments={list(self._embodiments)})"
-
-
-# How far beyond the observed range a decoded value may lie, as a share of the range's width: held-out motions reach a
-# little further than the training ones did. Grippers and hands have hard stops and get none.
-LIMIT_MARGIN = 0.25
-
-
-def _redundant_rotations(space: ActionSpace) -> list[ActionGroup]:
-    """Groups whose numbers are a rotation only under constraints (6-D, quaternion), which quantisation breaks."""
-    return [g for g in space.groups if g.rotation not in (None, *ANGLES) and g.mode != "velocity"]
-
-
-def _limits(space: ActionSpace, statistics: Statistics) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D"]]:
-    """Smallest and largest raw value [D] that decoding may give: stated by the space, else observed plus a margin.
-
-    6-D rotations and quaternions, unless stated, lie in [-1, 1], since decoding makes their vectors unit vectors.
-    """
-    if space.low is not None and space.high is not None:
-        return np.array(space.low), np.array(space.high)
-    soft = np.ones(space.dim)
-    for group in space.groups:
-        if group.kind in ("gripper", "hand"):
-            soft[list(group.dims)] = 0.0
-    margin = LIMIT_MARGIN * soft * (statistics.maximum - statistics.minimum)
-    low, high = statistics.minimum - margin, statistics.maximum + margin
-    for group in _redundant_rotations(space):
-        dims = list(group.dims)
-        low[dims], high[dims] = np.minimum(statistics.minimum[dims], -1.0), np.maximum(statistics.maximum[dims], 1.0)
-    return low, high
-
-
-def _embodiment(space: ActionSpace, statistics: Statistics, kind: str) -> Embodiment:
-    limits = None if kind == "identity" and space.low is None else _limits(space, statistics)
-    normaliser = Normaliser.make(kind, statistics, limits)
-    if normaliser.constant.any():
-        names = [space.names[d] for d in np.flatnonzero(normaliser.constant)]
-        warnings.warn(
-            f"embodiment {space.embodiment!r}: {', '.join(names)} never changes in the data; it will decode to that"
-            " constant",
-            stacklevel=3,
-        )
-    return Embodiment(space, normaliser)
 
 
 def fill_padding(
