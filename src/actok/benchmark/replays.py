@@ -10,7 +10,7 @@ from typing import Any
 
 from actok.benchmark.results import provenance, write_results
 from actok.benchmark.table import percent, render_columns, replay_columns
-from actok.core import ActionTokenizer, ConfigError, tokenizer_presets
+from actok.core import ActionTokenizer, ConfigError, SpaceMismatchError, tokenizer_presets
 from actok.data import EpisodeDataset, FrameCache, open_dataset, split_dataset
 from actok.envs import make_env
 from actok.evaluation.replay import EXACT, replay
@@ -57,9 +57,7 @@ def replay_held_out(
         else:
             label, tokenizer = Path(name).name, load(name)
             _warn_of_other_split(label, tokenizer, dataset, seed)
-            if not tokenizer.spaces:  # published FAST files know no robot
-                train = split_dataset(dataset, fractions=FRACTIONS, seed=seed).train
-                tokenizer = tokenizer.adapt(dataset.space, FrameCache.build(dataset).statistics(train))
+            tokenizer = _adapted(label, tokenizer, dataset, seed)
         if label in fitted:
             raise ConfigError(f"two tokenizers are called {label!r}; rename one of the folders")
         fitted[label] = tokenizer
@@ -91,10 +89,24 @@ def replay_text(result: Mapping[str, Any]) -> str:
             name, sign = (pair["b"], -1) if pair["a"] == EXACT else (pair["a"], 1)
             low, high = sorted(sign * bound for bound in pair["ci95"])
             lines.append(
-                f"{name} against {EXACT}: {percent(sign * pair['difference'])} ({percent(low)} to {percent(high)}),"
+                f"{name} against {EXACT}: {percent(sign * pair["difference"] + 0.0)} ({percent(low)} to {percent(high)}),"
                 f" p = {pair['p_value']:.2g}"
             )
     return "\n".join(lines)
+
+
+def _adapted(label: str, tokenizer: ActionTokenizer, dataset: EpisodeDataset, seed: int) -> ActionTokenizer:
+    """The tokenizer as it is, or with these data's normaliser added where it knows no robot of their action space."""
+    try:
+        tokenizer.embodiment_for(dataset.space)
+    except SpaceMismatchError:
+        train = split_dataset(dataset, fractions=FRACTIONS, seed=seed).train
+        tokenizer = tokenizer.adapt(dataset.space, FrameCache.build(dataset).statistics(train))
+        warnings.warn(
+            f"{label} was not fitted on {dataset.space.embodiment}; it is adapted to it with the training episodes' range",
+            stacklevel=3,
+        )
+    return tokenizer
 
 
 def _warn_of_other_split(label: str, tokenizer: ActionTokenizer, dataset: EpisodeDataset, seed: int) -> None:
