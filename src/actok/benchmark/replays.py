@@ -89,7 +89,7 @@ def replay_text(result: Mapping[str, Any]) -> str:
             name, sign = (pair["b"], -1) if pair["a"] == EXACT else (pair["a"], 1)
             low, high = sorted(sign * bound for bound in pair["ci95"])
             lines.append(
-                f"{name} against {EXACT}: {percent(sign * pair["difference"] + 0.0)} ({percent(low)} to {percent(high)}),"
+                f"{name} against {EXACT}: {percent(sign * pair['difference'] + 0.0)} ({percent(low)} to {percent(high)}),"
                 f" p = {pair['p_value']:.2g}"
             )
     return "\n".join(lines)
