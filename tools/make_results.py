@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from actok.benchmark import run_benchmark, text_table
 from actok.benchmark.replays import replay_text
 from actok.cli.simulate import collect_into
@@ -31,7 +33,9 @@ WORK = ROOT / "runs" / "results"
 TOKENIZERS = ("bins", "fast", "beast", "dct", "pca")
 # The published FAST+ files below DATA_ROOT; without them it is left out.
 FAST_PLUS = "fast_plus"
-EPISODES = 20
+EPISODES = 50
+# Bits a chunk at which tokenizers are compared, between the points of their sweeps.
+RATES = (100, 200, 400, 800, 1600)
 SEED = 0
 
 # name -> (path below DATA_ROOT, action space where the data do not tell)
@@ -111,14 +115,35 @@ def slim(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def page(name: str, results: Mapping[str, Any]) -> str:
     """One data set's tables, with what the columns mean and the command that makes them."""
-    replay = results.get("replay")
     text = (
         f"# {name}\n\nMade by `make results` ([figures as JSON]({name}.json)); columns: [metrics](../metrics.md).\n\n"
     )
-    text += text_table(results, markdown=True) + "\n"
-    if replay:
-        text += "\n```text\n" + replay_text(replay) + "\n```\n"
+    text += text_table(results, markdown=True) + "\n\n" + matched(results)
+    if results.get("replay"):
+        against = [line for line in replay_text(results["replay"]).splitlines() if " against " in line]
+        text += "\nReplay, paired on the same episodes (95 % interval, exact McNemar test):\n\n"
+        text += "".join(f"* {line}\n" for line in against)
     return text
+
+
+def matched(results: Mapping[str, Any]) -> str:
+    """Mean normalised error at equal bits: each sweep read off between its points, linearly in both logarithms."""
+    lines = [
+        "Mean error in normalised units at equal bits a chunk (fixed rate), read off each preset's sweep between its points:",
+        "",
+        "| tokenizer | " + " | ".join(f"{rate} bits" for rate in RATES) + " |",
+        "|---|" + "---|" * len(RATES),
+    ]
+    for name in TOKENIZERS:
+        units = [u for u in results["results"] if u["tokenizer"] == name and u["sweep"] and u["status"] == "ok"]
+        points = sorted((u["metrics"]["rate"]["bits_fixed"], u["metrics"]["normalised"]["l1"]) for u in units)
+        bits, error = np.log(np.array(points)).T
+        found = [
+            f"{np.exp(np.interp(np.log(rate), bits, error)):.3g}" if bits[0] <= np.log(rate) <= bits[-1] else "-"
+            for rate in RATES
+        ]
+        lines.append(f"| {name} | " + " | ".join(found) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def speed_page(fast_plus: list[str]) -> str:

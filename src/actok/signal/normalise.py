@@ -131,7 +131,9 @@ class Normaliser:
         if self.limits is None:
             return actions, np.zeros(len(actions), np.int64)
         low, high = self.limits.astype(actions.dtype)
-        inside = np.clip(actions, low, high)
+        inside = np.minimum(np.maximum(actions, low), high)
+        if np.array_equal(inside, actions):
+            return actions, np.zeros(len(actions), np.int64)
         slack = RANGE_SLACK * np.maximum(self.half, 1e-12)
         return inside, (np.abs(inside - actions) > slack).sum((1, 2))
 

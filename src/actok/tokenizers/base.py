@@ -333,6 +333,11 @@ class ClosedFormTokenizer(ActionTokenizer):
         self, flat: Int[np.ndarray, "_"], offsets: Int[np.ndarray, "_"], horizon: int, context: ChunkContext
     ) -> None:
         layout = self.layout_for(horizon, context.embodiment)
+        if not len(flat):
+            return
+        smallest = int(layout.vocab.min())
+        if flat.min() >= 0 and flat.max() < smallest:
+            return  # inside every position's vocabulary, whatever the lengths
         lengths = np.diff(offsets)
         # A sequence of a length that decodes is checked position by position. Any other becomes valid=False later on;
         # of it one can only say that its ids exist at all.
