@@ -91,7 +91,8 @@ def main() -> None:
             sweep=True,
             replay="metaworld" if name == "metaworld" else None,
         )
-        write_bytes(PAGES / f"{name}.json", json.dumps(slim(results), indent=1) + "\n")
+        figures = json.dumps(slim(results), indent=1) + "\n"
+        write_bytes(PAGES / f"{name}.json", portable(figures, args.data_root))
         write_bytes(PAGES / f"{name}.md", page(name, results))
         facts = results["datasets"][0]
         rows.append(
@@ -111,6 +112,12 @@ def slim(results: Mapping[str, Any]) -> dict[str, Any]:
         units.append({**unit, "metrics": metrics})
     datasets = [{k: v for k, v in d.items() if k != "examples"} for d in results["datasets"]]
     return {**results, "datasets": datasets, "results": units}
+
+
+def portable(text: str, data_root: Path | None) -> str:
+    """Without the folders of the machine it was made on."""
+    text = text.replace(f"{ROOT}/", "")
+    return text if data_root is None else text.replace(str(data_root), "DATA_ROOT")
 
 
 def page(name: str, results: Mapping[str, Any]) -> str:
@@ -195,7 +202,7 @@ def measured(script: str, options: list[str]) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
-    write_bytes(PAGES / f"{script}.json", done.stdout)
+    write_bytes(PAGES / f"{script}.json", portable(done.stdout, None))
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
