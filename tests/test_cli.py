@@ -174,11 +174,15 @@ def test_list_covers_spaces_and_mixtures(capsys):
 
 def test_bench_writes_results_table_and_report(place, capsys):
     out = place / "bench"
-    arguments = ["bench", *data(place), "--tokenizers", f"bins,{place / 'tok'}", "--out", str(out)]
+    arguments = ["bench", *data(place), "--tokenizers", f"bins,bins:bins=8,{place / 'tok'}", "--out", str(out)]
     assert main(arguments) == 0
     assert "bins" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert {r["tokenizer"] for r in results["results"]} == {"bins", "tok"}
+    assert {r["tokenizer"]: r["settings"].get("bins") for r in results["results"]} == {
+        "bins": 256,
+        "bins:bins=8": 8,
+        "tok": None,
+    }
     assert "<html" in (out / "report.html").read_text()
 
 

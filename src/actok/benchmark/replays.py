@@ -10,7 +10,7 @@ from typing import Any
 
 from actok.benchmark.results import provenance, write_results
 from actok.benchmark.table import percent, render_columns, replay_columns
-from actok.core import ActionTokenizer, ConfigError, SpaceMismatchError, tokenizer_presets
+from actok.core import ActionTokenizer, ConfigError, SpaceMismatchError, split_settings, tokenizer_presets
 from actok.data import EpisodeDataset, FrameCache, open_dataset, split_dataset
 from actok.envs import make_env
 from actok.evaluation.replay import EXACT, replay
@@ -38,7 +38,7 @@ def replay_held_out(
 
     Args:
         data: demonstrations with start states, in the environment's action space.
-        tokenizers: preset names or saved folders.
+        tokenizers: preset names, with settings as in "fast:scale=20", or saved folders.
         env_name: e.g. "metaworld".
         out_dir: where replay.json goes.
         per_task: at most this many test episodes of each task.
@@ -51,9 +51,10 @@ def replay_held_out(
     env = make_env(env_name)
     dataset = open_dataset(data)
     fitted: dict[str, ActionTokenizer] = {}
-    for name in tokenizers:
+    for text in tokenizers:
+        name, settings = split_settings(text)
         if name in tokenizer_presets():
-            label, tokenizer = name, fit(name, str(data), horizon=horizon, seed=seed)
+            label, tokenizer = text, fit(name, str(data), horizon=horizon, seed=seed, **settings)
         else:
             label, tokenizer = Path(name).name, load(name)
             _warn_of_other_split(label, tokenizer, dataset, seed)

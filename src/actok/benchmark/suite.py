@@ -16,7 +16,15 @@ from actok.benchmark.prepare import Prepared, prepare
 from actok.benchmark.report import write_report
 from actok.benchmark.results import FORMAT, SCHEMA_VERSION, UnitStore, module_hash, plain, provenance, write_results
 from actok.benchmark.table import text_table
-from actok.core import ActionTokenizer, ActokError, ConfigError, MissingExtraError, find_preset, tokenizer_presets
+from actok.core import (
+    ActionTokenizer,
+    ActokError,
+    ConfigError,
+    MissingExtraError,
+    find_preset,
+    split_settings,
+    tokenizer_presets,
+)
 from actok.core.errors import follows_interrupt
 from actok.core.files import write_bytes
 from actok.evaluation.metrics import TOLERANCES
@@ -51,7 +59,7 @@ class Candidate:
 
     @classmethod
     def of(cls, given: Any) -> Candidate:
-        """From a name, a folder, a fitted tokenizer, or (label, any of these, settings)."""
+        """From a name, "name:key=value", a folder, a fitted tokenizer, or (label, any of these, settings)."""
         label, source, settings = given if isinstance(given, (tuple, list)) and len(given) == 3 else (None, given, {})
         if isinstance(source, ActionTokenizer):
             if settings:
@@ -62,6 +70,9 @@ class Candidate:
         if not isinstance(source, (str, Path)):
             raise ConfigError(f"{given!r} names no tokenizer; give a preset, a folder, or (label, preset, settings)")
         name = str(source)
+        if isinstance(source, str) and not settings:
+            name, settings = split_settings(name)
+            source, label = name, label or (str(given) if settings else None)
         if name in tokenizer_presets() and not isinstance(source, Path):
             return cls(label=label or name, source=name, settings=dict(settings))
         if not Path(name).exists() and "/" not in name:
@@ -98,7 +109,8 @@ def run_benchmark(
 
     Args:
         data: sources that `actok.data.open_dataset` understands.
-        tokenizers: preset names, folders, fitted tokenizers, or (label, name, settings).
+        tokenizers: preset names, with settings as in "fast:scale=20", folders, fitted tokenizers, or (label, name,
+            settings).
         out_dir: where to write.
         horizon: T of all datasets. None: that of the loaded tokenizers where they agree, else one second of each
             dataset's control, 10 to 50 steps (`ActionSpace.default_horizon`).

@@ -127,7 +127,7 @@ def _tokenizers(v: argparse.ArgumentParser) -> None:
         "--tokenizers",
         required=True,
         metavar="NAME_OR_DIR,...",
-        help="presets to fit, or saved folders, comma-separated",
+        help="presets to fit (with settings: fast:scale=20:vocab=2048), or saved folders, comma-separated",
     )
 
 

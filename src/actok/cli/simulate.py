@@ -45,12 +45,12 @@ def collect_into(
 
 def _replay(args: argparse.Namespace) -> int:
     from actok.benchmark import replay_held_out, replay_text
-    from actok.core import find_preset
+    from actok.core import find_preset, split_settings
 
     names = [name for name in args.tokenizers.split(",") if name]
     for name in names:
         if not Path(name).exists() and "/" not in name:
-            find_preset(name)  # a misspelt name is said before anything is collected
+            find_preset(split_settings(name)[0])  # a misspelt name is said before anything is collected
     data = args.data
     if data is None:
         data = str(Path(args.out) / args.env)

@@ -14,7 +14,7 @@ from actok.core.errors import (
     TokenError,
 )
 from actok.core.layout import TokenLayout
-from actok.core.registry import Preset, find_class, find_preset, list_tokenizers, tokenizer_presets
+from actok.core.registry import Preset, find_class, find_preset, list_tokenizers, split_settings, tokenizer_presets
 from actok.core.spaces import ActionGroup, ActionSpace
 from actok.core.tokenizer import ActionTokenizer
 from actok.core.types import ChunkContext, Decoded, FitPart, Tokens
@@ -49,6 +49,7 @@ __all__ = [
     "list_tokenizers",
     "parse_assignments",
     "read_artifact",
+    "split_settings",
     "to_numpy",
     "tokenizer_presets",
     "write_folder",

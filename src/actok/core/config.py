@@ -19,7 +19,7 @@ def parse_assignments(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key.strip():
-            raise ConfigError(f"--set {pair!r} has no '='; write --set key=value")
+            raise ConfigError(f"setting {pair!r} has no '='; write key=value")
         try:
             settings[key.strip()] = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:

@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from actok.core.config import parse_assignments
 from actok.core.errors import ConfigError, MissingExtraError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -36,6 +37,7 @@ __all__ = [
     "list_tokenizers",
     "load_target",
     "read_toml",
+    "split_settings",
     "suggest",
     "tokenizer_presets",
 ]
@@ -90,6 +92,15 @@ def find_preset(name: str) -> Preset:
     if name not in presets:
         raise ConfigError(f"no tokenizer is called {name!r}; {suggest(name, list(presets))}")
     return presets[name]
+
+
+def split_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """("fast", {"scale": 20}) from "fast:scale=20"; several settings are separated by colons.
+
+    What does not begin with a preset's name and a colon is returned as it is, without settings.
+    """
+    name, *pairs = text.split(":")
+    return (name, parse_assignments(pairs)) if pairs and name in tokenizer_presets() else (text, {})
 
 
 def load_target(target: str) -> Any:
