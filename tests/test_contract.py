@@ -296,7 +296,7 @@ def test_absent_dimensions_do_not_reach_the_tokens_and_decode_to_zero(tokenizer)
     context = context_of(tokenizer, actions, dof_mask=present)
     a, b = tokenizer.encode(actions, context), tokenizer.encode(other, context)
     np.testing.assert_array_equal(a.flat, b.flat)
-    assert not a.out_of_range.any() or (a.out_of_range == b.out_of_range).all()
+    np.testing.assert_array_equal(a.out_of_range, b.out_of_range)
     assert (tokenizer.decode(a).actions[:, :, 4] == 0).all()
 
 
@@ -384,3 +384,17 @@ def test_sweep_is_made_of_settings_the_config_takes(name):
     assert preset.paper
     for settings in preset.sweep:
         target.config_class(**{**preset.settings, **settings})
+
+
+def test_sweep_runs_from_coarse_to_fine(name):
+    """Every step costs more bits than the one before: `fit(tolerance=...)` takes the first that is good enough."""
+    preset = find_preset(name)
+    actions = chunks(256, 21)
+    bits = []
+    for settings in preset.sweep:
+        tokenizer = fit_parts(name, [FitPart(actions=actions, space=SPACE)], **settings)
+        tokens = tokenizer.encode(actions[:64], context_of(tokenizer, actions[:64]))
+        layout = tokenizer.layout
+        bits.append(layout.bits if layout.fixed_length else tokens.lengths.mean() * np.log2(tokenizer.vocab_size))
+    assert bits == sorted(bits)
+    assert len(set(bits)) == len(bits)

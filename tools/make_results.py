@@ -231,7 +231,7 @@ def tolerance_page(sources: Mapping[str, tuple[str, str | None]]) -> str:
                 continue
             ratio = max(e["error"] / e["bound"] for e in report["test"].values() if e["bound"])
             setting = ", ".join(f"{k}={v}" for k, v in report["setting"].items())
-            lines.append(f"{head} {setting} | {report['tried'][-1]['bits_per_chunk']:.0f} | {ratio:.2f} |")
+            lines.append(f"{head} {setting} | {report['bits_per_chunk']:.0f} | {ratio:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -114,35 +114,41 @@ def search(
     """
     if any(m.validation is None or m.test is None for m in materials):
         raise DataError("a tolerance needs episodes to choose on and to report on; give at least 3 episodes")
-    sweep = _candidates(name, settings)
+    sweep = _steps(name, settings)
     parts = [m.train for m in materials]
     tried: list[dict[str, Any]] = []
-    for step in tqdm(sweep, f"{name}: searching {tolerance}", unit="setting", delay=2, disable=None):
-        setting = {**step, **settings}
-        try:
-            tokenizer = fit_parts(name, parts, **setting)
-        except ConfigError as error:
-            if len(sweep) == 1:
-                raise
-            # A setting that these data rule out (an alphabet larger than the vocabulary) is passed over, and said so.
-            tried.append({"setting": setting, "refused": str(error)})
+    for variants in tqdm(sweep, f"{name}: searching {tolerance}", unit="setting", delay=2, disable=None):
+        within: list[tuple[float, ActionTokenizer, dict[str, Any]]] = []
+        for variant in variants:
+            setting = {**variant, **settings}
+            try:
+                tokenizer = fit_parts(name, parts, **setting)
+            except ConfigError as error:
+                if len(sweep) == len(variants) == 1:
+                    raise
+                # A setting that these data rule out (an alphabet larger than the vocabulary) is passed over, and said so.
+                tried.append({"setting": setting, "refused": str(error)})
+                continue
+            errors, bits, excess = _judge_all(tokenizer, materials, "validation", tolerance)
+            tried.append({"setting": setting, "bits_per_chunk": bits, "validation": errors, "worst_ratio": excess})
+            if excess <= 1:
+                within.append((bits, tokenizer, tried[-1]))
+        if not within:
             continue
-        errors, bits, excess = _judge_all(tokenizer, materials, "validation", tolerance)
-        tried.append({"setting": setting, "bits_per_chunk": bits, "validation": errors, "worst_ratio": excess})
-        if excess > 1:
-            continue
+        bits, tokenizer, chosen = min(within, key=lambda found: found[0])  # min_max, the first, where they are equal
         test, _, test_excess = _judge_all(tokenizer, materials, "test", tolerance)
         verdict = "within" if test_excess <= 1 else f"NOT within (worst {test_excess:.2f} times the bound)"
         summary = (
-            f"tolerance {tolerance}: {_settings_text(step or settings)} is the coarsest of {len(sweep)} settings that meets"
-            f" it on validation episodes ({bits:.0f} bits a chunk; {_errors_text(errors)}); on test episodes {verdict}:"
-            f" {_errors_text(test)}"
+            f"tolerance {tolerance}: {_settings_text(chosen['setting'])} is the coarsest of {len(sweep)} settings that meets"
+            f" it on validation episodes ({bits:.0f} bits a chunk; {_errors_text(chosen['validation'])}); on test episodes"
+            f" {verdict}: {_errors_text(test)}"
         )
         return tokenizer, {
             "bounds": dict(tolerance.bounds),
             "percentile": tolerance.percentile,
-            "setting": setting,
-            "validation": errors,
+            "setting": chosen["setting"],
+            "bits_per_chunk": bits,
+            "validation": chosen["validation"],
             "test": test,
             "tried": tried,
             "summary": summary,
@@ -158,12 +164,12 @@ def search(
     )
 
 
-def _candidates(name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The preset's sweep less what the user has set, each setting once: with min_max, then with the preset's normaliser.
+def _steps(name: str, settings: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """The preset's sweep less what the user has set, each step once, with min_max and with the preset's normaliser.
 
-    Both have the same rate. A normaliser that ends at the 1 % and 99 % quantiles saturates more than one step in a
-    hundred as soon as there are two dimensions, so with it a codec that clamps can miss any bound at the 99th percentile,
-    and meet it on validation episodes only to miss it on others; min_max saturates least, and so is tried first.
+    A normaliser that ends at the 1 % and 99 % quantiles saturates more than one step in a hundred as soon as there are
+    two dimensions, so with it a codec that clamps can miss any bound at the 99th percentile, and meet it on validation
+    episodes only to miss it on others; min_max saturates least, and is preferred where both cost the same.
     """
     preset = find_preset(name)
     sweep: list[dict[str, Any]] = []
@@ -172,8 +178,8 @@ def _candidates(name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         if left not in sweep:
             sweep.append(left)
     if "normaliser" in settings or preset.settings.get("normaliser", "min_max") == "min_max":
-        return sweep
-    return [{**setting, **extra} for setting in sweep for extra in ({"normaliser": "min_max"}, {})]
+        return [[setting] for setting in sweep]
+    return [[{**setting, "normaliser": "min_max"}, setting] for setting in sweep]
 
 
 def _judge_all(
