@@ -2,7 +2,8 @@
 
 from actok.core.arrays import as_float_batch, as_ids, is_torch, like, to_numpy
 from actok.core.artifact import Artifact, read_artifact, write_folder
-from actok.core.config import build_config, parse_assignments
+from actok.core.codec import CodecBatch, CodecOutput
+from actok.core.config import build_config, merge_settings, parse_assignments
 from actok.core.constraint import Constraint, FixedLengthConstraint
 from actok.core.errors import (
     ActokError,
@@ -27,6 +28,8 @@ __all__ = [
     "Artifact",
     "ArtifactError",
     "ChunkContext",
+    "CodecBatch",
+    "CodecOutput",
     "ConfigError",
     "Constraint",
     "DataError",
@@ -47,6 +50,7 @@ __all__ = [
     "is_torch",
     "like",
     "list_tokenizers",
+    "merge_settings",
     "parse_assignments",
     "read_artifact",
     "split_settings",

@@ -10,21 +10,41 @@ from typing import Any
 
 from actok.core.errors import ConfigError
 
-__all__ = ["build_config", "parse_assignments"]
+__all__ = ["build_config", "merge_settings", "parse_assignments"]
 
 
 def parse_assignments(pairs: Iterable[str]) -> dict[str, Any]:
-    """{"bins": 64, "normaliser": "min_max"} from ["bins=64", "normaliser=min_max"]; values are TOML, else text."""
+    """{"bins": 64, "normaliser": "min_max"} from ["bins=64", "normaliser=min_max"]; values are TOML, else text.
+
+    A dotted key reaches into a table: "quantizer.codes=512" is {"quantizer": {"codes": 512}}.
+    """
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"setting {pair!r} has no '='; write key=value")
+        *tables, name = key.strip().split(".")
         try:
-            settings[key.strip()] = tomllib.loads(f"x = {value}")["x"]
+            found: Any = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:
-            settings[key.strip()] = value.strip()
+            found = value.strip()
+        for inner in [name, *reversed(tables)]:
+            found = {inner: found}
+        settings = merge_settings(settings, found)
     return settings
+
+
+def merge_settings(settings: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with those of `override`. Tables are merged key by key, unless their `kind` differs: then replaced."""
+    merged = dict(settings)
+    for key, value in override.items():
+        old = merged.get(key)
+        tables = isinstance(value, Mapping) and isinstance(old, Mapping)
+        if tables and not ("kind" in value and "kind" in old and value["kind"] != old["kind"]):
+            merged[key] = merge_settings(old, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def build_config(config_class: type, settings: Mapping[str, Any], owner: str) -> Any:

@@ -7,6 +7,8 @@ Listing reads text only; a class is imported when it is asked for. A preset file
     paper = "RT-1 (arXiv 2212.06817)"
     [settings]                                        # fields of the class's config
     bins = 256
+    [training]                                        # learned tokenizers only: fields of actok.training.TrainConfig
+    steps = 3000
     [[sweep]]                                         # optional: settings from coarse to fine, for rate-distortion
     bins = 16                                         # curves and for the search of fit(tolerance=...)
 """
@@ -52,6 +54,7 @@ class Preset:
     target: str
     paper: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     sweep: Sequence[Mapping[str, Any]] = ()
 
 

@@ -23,17 +23,15 @@ class ActionTokenizer(ABC):
     Class attributes:
         kind: name in artifacts, e.g. "fast"; the registry finds the class by it.
         config_class: frozen, keyword-only dataclass that validates itself.
+        learned: False: the class has `fit(parts, config)`, which gives a fitted tokenizer in closed form. True: it has
+            `prepare(parts, config, seed=...)`, which gives an untrained one that `actok.training` trains.
     """
 
     kind: ClassVar[str]
     config_class: ClassVar[type]
+    learned: ClassVar[bool] = False
 
     # -- making one -----------------------------------------------------------------------------------------------
-
-    @classmethod
-    @abstractmethod
-    def fit(cls, parts: Sequence[FitPart], config: Any) -> Self:
-        """Fit on chunks of one or more embodiments (the first is the default). All parts share one horizon T."""
 
     @abstractmethod
     def adapt(self, space: ActionSpace, statistics: Any) -> Self:

@@ -1,7 +1,8 @@
-"""What every closed-form tokenizer shares: checks, padding, normalisers by embodiment, masks, limits, torch, artifacts.
+"""What every tokenizer here shares: checks, padding, normalisers by embodiment, masks, limits, torch, artifacts.
 
-A subclass sees only finite normalised chunks and in-vocabulary ids. It defines `kind`, `config_class`, `fit_codec`,
-`_encode`, `_decode`, `layout_for` and, unless every sequence of the right length decodes, `constraint`.
+A subclass sees only finite normalised chunks and in-vocabulary ids. It defines `kind`, `config_class`, `_encode`,
+`_decode`, `layout_for` and, unless every sequence of the right length decodes, `constraint`; how it comes to be fitted
+is told by `closed_form.py` and `neural.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from actok.signal.rotations import proper
 from actok.signal.statistics import Statistics
 from actok.tokenizers.embodiments import Embodiment, make_embodiment, redundant_rotations
 
-__all__ = ["ClosedFormTokenizer", "CodecInput", "Encoded", "Reconstruction", "fill_padding", "fixed_rows"]
+__all__ = ["CodecInput", "Encoded", "Reconstruction", "TokenizerBase", "fill_padding", "fixed_rows", "known_parts"]
 
 
 class CodecInput(NamedTuple):
@@ -71,8 +72,8 @@ class Reconstruction(NamedTuple):
     repaired: Bool[np.ndarray, "B"] | None = None  # bool [B]
 
 
-class ClosedFormTokenizer(ActionTokenizer):
-    """Template of the tokenizers that need no gradient. Instances are immutable."""
+class TokenizerBase(ActionTokenizer):
+    """Template of all tokenizers here. Instances are immutable."""
 
     kind: ClassVar[str]
     config_class: ClassVar[type]
@@ -100,13 +101,6 @@ class ClosedFormTokenizer(ActionTokenizer):
     def _build(self) -> None:
         """Make derived tables from `_tensors` and `_files`. Called once, at the end of construction."""
 
-    @classmethod
-    @abstractmethod
-    def fit_codec(
-        cls, inputs: Sequence[CodecInput], config: Any, horizon: int
-    ) -> tuple[dict[str, np.ndarray], dict[str, bytes]]:
-        """Tensors and files of a codec fitted on normalised chunks."""
-
     @abstractmethod
     def _encode(self, chunks: Float[np.ndarray, "B T D"], embodiment: Embodiment, context: ChunkContext) -> Encoded:
         """Ids of normalised float32 chunks [B, T, D]."""
@@ -123,42 +117,7 @@ class ClosedFormTokenizer(ActionTokenizer):
     ) -> Reconstruction:
         """Normalised chunks of in-vocabulary ids."""
 
-    # -- fit, adapt -----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def fit(cls, parts: Sequence[FitPart], config: Any) -> Self:
-        """See ActionTokenizer.fit. Warns about dimensions that are constant in the data."""
-        if not parts or not sum(len(p.actions) for p in parts):
-            raise DataError("nothing to fit on: no chunk was given; give at least one episode")
-        horizons = {p.actions.shape[1] for p in parts}
-        if len(horizons) != 1:
-            raise DataError(f"chunks to fit on have horizons {sorted(horizons)}; cut all to one horizon")
-        horizon = horizons.pop()
-        inputs = []
-        embodiments: dict[str, Embodiment] = {}
-        for part in parts:
-            actions = as_float_batch(part.actions)
-            if actions.shape[2] != part.space.dim:
-                raise SpaceMismatchError(
-                    f"chunks have {actions.shape[2]} dimensions, action space {part.space.embodiment!r} has"
-                    f" {part.space.dim}; give the space of this data"
-                )
-            name = part.space.embodiment
-            known = embodiments.get(name)
-            if known is not None:
-                if found := known.space.differences(part.space):
-                    raise SpaceMismatchError(
-                        f"two datasets of embodiment {name!r} differ in {'; '.join(found)}; give them different"
-                        " embodiment names"
-                    )
-            else:
-                statistics = part.statistics or Statistics.from_array(actions, part.pad_mask)
-                known = embodiments[name] = make_embodiment(part.space, statistics, config.normaliser)
-            inputs.append(CodecInput(known.normaliser(actions), known, part))
-        tensors, files = cls.fit_codec(inputs, config, horizon)
-        return cls(
-            config, embodiments, horizon, tensors, files, {"fitted_on_chunks": sum(len(p.actions) for p in parts)}
-        )
+    # -- adapt ----------------------------------------------------------------------------------------------------
 
     def adapt(self, space: ActionSpace, statistics: Statistics) -> Self:
         """See ActionTokenizer.adapt.
@@ -408,6 +367,41 @@ class ClosedFormTokenizer(ActionTokenizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config}, horizon={self._horizon}, embodiments={list(self._embodiments)})"
+
+
+def known_parts(parts: Sequence[FitPart], config: Any) -> tuple[list[CodecInput], dict[str, Embodiment], int]:
+    """Checked and normalised parts, the embodiments by name, and the horizon that all share.
+
+    Raises DataError where there is nothing to fit on or horizons differ, SpaceMismatchError where a part's width is not
+    that of its space, or two parts of one name differ in their space. Warns about dimensions that are constant.
+    """
+    if not parts or not sum(len(p.actions) for p in parts):
+        raise DataError("nothing to fit on: no chunk was given; give at least one episode")
+    horizons = {p.actions.shape[1] for p in parts}
+    if len(horizons) != 1:
+        raise DataError(f"chunks to fit on have horizons {sorted(horizons)}; cut all to one horizon")
+    inputs = []
+    embodiments: dict[str, Embodiment] = {}
+    for part in parts:
+        actions = as_float_batch(part.actions)
+        if actions.shape[2] != part.space.dim:
+            raise SpaceMismatchError(
+                f"chunks have {actions.shape[2]} dimensions, action space {part.space.embodiment!r} has"
+                f" {part.space.dim}; give the space of this data"
+            )
+        name = part.space.embodiment
+        known = embodiments.get(name)
+        if known is not None:
+            if found := known.space.differences(part.space):
+                raise SpaceMismatchError(
+                    f"two datasets of embodiment {name!r} differ in {'; '.join(found)}; give them different"
+                    " embodiment names"
+                )
+        else:
+            statistics = part.statistics or Statistics.from_array(actions, part.pad_mask)
+            known = embodiments[name] = make_embodiment(part.space, statistics, config.normaliser)
+        inputs.append(CodecInput(known.normaliser(actions), known, part))
+    return inputs, embodiments, int(horizons.pop())
 
 
 def fill_padding(

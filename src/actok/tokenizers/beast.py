@@ -26,7 +26,8 @@ from jaxtyping import Bool, Float, Int
 from actok.core import ActionSpace, ChunkContext, ConfigError, DataError, SpaceMismatchError, TokenLayout, to_numpy
 from actok.signal.bspline import control_points, curve
 from actok.signal.normalise import RANGE_SLACK
-from actok.tokenizers.base import ClosedFormTokenizer, CodecInput, Encoded, Reconstruction, fixed_rows
+from actok.tokenizers.base import CodecInput, Encoded, Reconstruction, fixed_rows
+from actok.tokenizers.closed_form import ClosedFormTokenizer
 from actok.tokenizers.embodiments import Embodiment
 
 # What a relative rotation is where nothing has moved; every other relative quantity is 0 there.

@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 
 from actok.core import ChunkContext, ConfigError, TokenLayout
 from actok.signal.normalise import RANGE_SLACK
-from actok.tokenizers.base import ClosedFormTokenizer, CodecInput, Encoded, Reconstruction, fixed_rows
+from actok.tokenizers.base import CodecInput, Encoded, Reconstruction, fixed_rows
+from actok.tokenizers.closed_form import ClosedFormTokenizer
 from actok.tokenizers.embodiments import Embodiment
 
 __all__ = ["BinsConfig", "BinsTokenizer"]

@@ -49,7 +49,8 @@ from actok.signal.automaton import SpellingConstraint, SpellingTables
 from actok.signal.bpe import FIRST_CHAR, LARGEST_ALPHABET, Bpe, read_bpe, train_bpe
 from actok.signal.normalise import Normaliser
 from actok.tokenizers import fast_plus
-from actok.tokenizers.base import ClosedFormTokenizer, CodecInput, Encoded, Reconstruction
+from actok.tokenizers.base import CodecInput, Encoded, Reconstruction
+from actok.tokenizers.closed_form import ClosedFormTokenizer
 from actok.tokenizers.embodiments import Embodiment
 from actok.tokenizers.fast_plus import TOKENIZER_FILE, is_published_folder
 

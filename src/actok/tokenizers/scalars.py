@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 
 from actok.core import ActionSpace, ChunkContext, ConfigError, SpaceMismatchError, TokenLayout
 from actok.signal.scalar_quantise import SMALLEST_BITS, UniformQuantiser, allocate_bits
-from actok.tokenizers.base import ClosedFormTokenizer, CodecInput, Encoded, Reconstruction
+from actok.tokenizers.base import CodecInput, Encoded, Reconstruction
+from actok.tokenizers.closed_form import ClosedFormTokenizer
 from actok.tokenizers.embodiments import Embodiment
 
 _BLOCK = 4096  # chunks whose float64 copy is in memory at once while fitting

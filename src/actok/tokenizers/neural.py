@@ -1,0 +1,306 @@
+"""Template of the learned tokenizers: a `Codec` behind the contract of `ActionTokenizer`.
+
+A paper's file defines a config, a `Codec` and a subclass of `NeuralTokenizer` that names both. Training is done by
+`actok.training`; here are the untrained tokenizer (`prepare`), batches, windows, token layout and weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from actok.core import (
+    ActionSpace,
+    ArtifactError,
+    ChunkContext,
+    CodecBatch,
+    FitPart,
+    SpaceMismatchError,
+    TokenLayout,
+)
+from actok.tokenizers.base import Encoded, Reconstruction, TokenizerBase, known_parts
+from actok.tokenizers.codec import Codec, CodecShape
+from actok.tokenizers.embodiments import Embodiment
+
+SHAPE_FILE = "codec.json"
+# Windows that go through the codec at once outside training, which bounds memory.
+ROWS = 4096
+
+__all__ = ["NeuralTokenizer", "join"]
+
+
+class NeuralTokenizer(TokenizerBase):
+    """A tokenizer whose codec is trained by gradient descent. Instances are immutable but for the device.
+
+    The codec works on windows of the horizon T that it was trained at. A longer chunk is cut into ceil(T' / T) windows,
+    the last padded; a shorter one is one padded window. Tokens of several windows are ordered as the codec orders its
+    own: by level first (`Codec.order` "level"), then by window, or window after window ("slot").
+
+    Class attributes:
+        codec_class: the network.
+    """
+
+    learned: ClassVar[bool] = True
+    codec_class: ClassVar[type[Codec]]
+
+    # -- making one -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def prepare(cls, parts: Sequence[FitPart], config: Any, *, seed: int = 0) -> Self:
+        """An untrained tokenizer for chunks of one or more embodiments (the first is the default), all of one horizon.
+
+        Normalisers and the codec's size come from `parts`, initial weights from `seed`. Raises as
+        `actok.tokenizers.base.known_parts` does.
+        """
+        _, embodiments, horizon = known_parts(parts, config)
+        spaces = [e.space for e in embodiments.values()]
+        shape = CodecShape(
+            horizon=horizon,
+            channels=max(s.dim for s in spaces),
+            embodiments=tuple(embodiments),
+            extra=cls.codec_class.measure(config, spaces),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            codec = cls.codec_class(config, shape)
+        files = {SHAPE_FILE: json.dumps(asdict(shape), sort_keys=True).encode()}
+        return cls(config, embodiments, horizon, _arrays(codec.state_dict()), files)
+
+    def with_weights(self, state: Mapping[str, torch.Tensor]) -> Self:
+        """The same tokenizer with other weights, a `state_dict` of its codec."""
+        return type(self)(self.config, self._embodiments, self._horizon, _arrays(state), self._files, self._meta)
+
+    def finish(self, parts: Sequence[FitPart]) -> Self:
+        """Whatever is fitted after training, on the trained codec; nothing unless overridden."""
+        return self
+
+    def _build(self) -> None:
+        facts = json.loads(self._files[SHAPE_FILE])
+        self.shape = CodecShape(**{**facts, "embodiments": tuple(facts["embodiments"])})
+        with torch.random.fork_rng(devices=[]):  # loading a tokenizer leaves the caller's random state alone
+            codec = self.codec_class(self.config, self.shape)
+        try:
+            codec.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in self._tensors.items()})
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"the weights do not fit the config of {self.kind!r} ({error}); save or fit the tokenizer again"
+            ) from None
+        self.codec = codec.eval().requires_grad_(False)
+        self._structures = {
+            name: self.codec_class.structure(self.config, e.space, self.shape) for name, e in self._embodiments.items()
+        }
+
+    def to(self, device: Any) -> Self:
+        """Move the codec; encoding and decoding then compute there. Returns this same tokenizer."""
+        self.codec.to(device)
+        return self
+
+    def _check_adaptable(self, space: ActionSpace) -> None:
+        if space.dim > self.shape.channels:
+            raise SpaceMismatchError(
+                f"space {space.embodiment!r} has {space.dim} dimensions, this codec at most {self.shape.channels}; train"
+                " one with such an embodiment among its data"
+            )
+        self.codec_class.structure(self.config, space, self.shape)
+
+    # -- batches --------------------------------------------------------------------------------------------------
+
+    def batch(
+        self,
+        chunks: Float[np.ndarray, "B T _"],
+        embodiment: str | None = None,
+        *,
+        real: Bool[np.ndarray, "B T"] | None = None,
+        present: Bool[np.ndarray, "B _"] | None = None,
+    ) -> CodecBatch:
+        """A codec's batch from normalised chunks [B, T, D of the embodiment] of the codec's horizon, on the CPU."""
+        name = next(iter(self._embodiments)) if embodiment is None else embodiment
+        count, steps, dim = chunks.shape
+        actions = torch.zeros(count, steps, self.shape.channels)
+        actions[:, :, :dim] = torch.from_numpy(np.ascontiguousarray(chunks, np.float32))
+        mask = torch.zeros(count, self.shape.channels, dtype=torch.bool)
+        mask[:, :dim] = True if present is None else torch.from_numpy(present)
+        known = self.shape.embodiments
+        return CodecBatch(
+            actions=actions * mask[:, None],
+            present=mask,
+            real=torch.ones(count, steps, dtype=torch.bool) if real is None else torch.from_numpy(real.copy()),
+            embodiment=torch.full((count,), known.index(name) + 1 if name in known else 0),
+            structure={
+                key: torch.from_numpy(table).expand(count, *table.shape)
+                for key, table in self._structures[name].items()
+            },
+        )
+
+    def _blank(self, count: int, embodiment: Embodiment, present: Bool[np.ndarray, "{count} _"] | None) -> CodecBatch:
+        """What decoding knows of chunks: everything but their values."""
+        zeros = np.zeros((count, self._horizon, embodiment.space.dim), np.float32)
+        return self.batch(zeros, embodiment.space.embodiment, present=present)
+
+    # -- encode, decode -------------------------------------------------------------------------------------------
+
+    def _windows(self, horizon: int) -> int:
+        return -(-horizon // self._horizon)
+
+    def _encode(self, chunks: Float[np.ndarray, "B T D"], embodiment: Embodiment, context: ChunkContext) -> Encoded:
+        count, steps, dim = chunks.shape
+        windows = self._windows(steps)
+        real = np.ones((count, steps), bool) if context.pad_mask is None else ~np.asarray(context.pad_mask)
+        if missing := windows * self._horizon - steps:
+            rest = embodiment.normaliser(np.zeros((1, dim), np.float32))
+            last = np.where(np.array(embodiment.space.incremental), rest, chunks[:, -1])
+            if context.dof_mask is not None:
+                last = np.where(np.asarray(context.dof_mask), last, np.float32(0))
+            chunks = np.concatenate([chunks, np.repeat(last[:, None].astype(np.float32), missing, 1)], 1)
+            real = np.concatenate([real, np.zeros((count, missing), bool)], 1)
+        chunks = chunks.reshape(count * windows, self._horizon, dim)
+        real = real.reshape(count * windows, self._horizon)
+        present = None if context.dof_mask is None else np.repeat(np.asarray(context.dof_mask), windows, 0)
+        device = next(self.codec.parameters()).device
+        found = []
+        with torch.inference_mode():
+            for i in range(0, len(chunks), ROWS):
+                mask = None if present is None else present[i : i + ROWS]
+                batch = self.batch(
+                    chunks[i : i + ROWS], embodiment.space.embodiment, real=real[i : i + ROWS], present=mask
+                )
+                found.append(self.codec.tokenize(batch.to(device)).cpu().numpy())
+        one = self._window_layout(embodiment).max_len
+        ids = np.concatenate(found).reshape(count, windows * one) if found else np.zeros((0, windows * one), np.int64)
+        flat = ids[:, self._order(windows, embodiment)].reshape(-1)
+        return Encoded(flat=flat, offsets=np.arange(count + 1) * (windows * one), saturated=np.zeros(count, np.int64))
+
+    def _decode(
+        self,
+        flat: Int[np.ndarray, "_"],
+        offsets: Int[np.ndarray, "_"],
+        horizon: int,
+        embodiment: Embodiment,
+        context: ChunkContext,
+        repair: str | None,
+    ) -> Reconstruction:
+        layout = self.layout_for(horizon, embodiment.space.embodiment)
+        lengths = np.diff(offsets)
+        decodable = sorted({*layout.prefixes, layout.max_len})
+        valid = np.isin(lengths, decodable)
+        chunks = np.zeros((len(lengths), horizon, embodiment.space.dim), np.float32)
+        for length in np.unique(lengths[valid]):
+            rows = np.flatnonzero(lengths == length)
+            ids = flat[offsets[rows][:, None] + np.arange(length)]
+            present = None if context.dof_mask is None else np.asarray(context.dof_mask)[rows]
+            chunks[rows] = self._decode_rows(ids, horizon, embodiment, present)
+        expected = " or ".join(map(str, decodable))
+        return Reconstruction(
+            chunks=chunks,
+            valid=valid,
+            slots_used=np.minimum(lengths, layout.max_len),
+            reasons=[None if ok else f"{n} tokens, expected {expected}" for ok, n in zip(valid, lengths, strict=True)],
+        )
+
+    def _decode_rows(
+        self,
+        ids: Int[np.ndarray, "B N"],
+        horizon: int,
+        embodiment: Embodiment,
+        present: Bool[np.ndarray, "B D"] | None,
+    ) -> Float[np.ndarray, "B {horizon} D"]:
+        """Normalised chunks of sequences of one length, which may be a prefix."""
+        windows = self._windows(horizon)
+        count, length = ids.shape
+        # Of every window the ids that are there, in the window's own order.
+        order = self._order(windows, embodiment)[:length]
+        by_window = ids[:, np.argsort(order, kind="stable")].reshape(count * windows, length // windows)
+        mask = None if present is None else np.repeat(present, windows, 0)
+        device = next(self.codec.parameters()).device
+        found = []
+        with torch.inference_mode():
+            for i in range(0, len(by_window), ROWS):
+                some = torch.from_numpy(np.ascontiguousarray(by_window[i : i + ROWS], np.int64)).to(device)
+                blank = self._blank(len(some), embodiment, None if mask is None else mask[i : i + ROWS])
+                found.append(self.codec.detokenize(some, blank.to(device)).float().cpu().numpy())
+        dim = embodiment.space.dim
+        return np.concatenate(found)[:, :, :dim].reshape(count, windows * self._horizon, dim)[:, :horizon]
+
+    # -- layout ---------------------------------------------------------------------------------------------------
+
+    def _window_layout(self, embodiment: Embodiment) -> TokenLayout:
+        """Layout of one window: slots x levels in the codec's order, one table a level, blocks of one token."""
+        quantizer = self.codec.quantizer
+        slots, levels = self._slots(embodiment), quantizer.levels
+        level, slot = np.divmod(np.arange(slots * levels), slots)
+        if self.codec.order == "slot":
+            slot, level = np.divmod(np.arange(slots * levels), levels)
+        time, part = self._places(slot)
+        return TokenLayout.uniform(
+            np.array(quantizer.sizes)[level], np.stack([level, time, part], 1), table=level, block=self._block()
+        )
+
+    def _slots(self, embodiment: Embodiment) -> int:
+        """S, the latents of one window."""
+        raise NotImplementedError(f"{type(self).__name__} states its number of slots")
+
+    def _places(self, slot: Int[np.ndarray, "N"]) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
+        """Time and part of slots; each slot is a time and there are no parts unless overridden."""
+        return slot, np.zeros_like(slot)
+
+    def _block(self) -> int:
+        """Tokens that a block-wise policy emits in one pass."""
+        return 1
+
+    def _order(self, windows: int, embodiment: Embodiment) -> Int[np.ndarray, "N"]:
+        """Position n of the sequence holds the id at [order[n]] of the windows' sequences put one after another."""
+        one = self._window_layout(embodiment)
+        window, place = np.divmod(np.arange(windows * one.max_len), one.max_len)
+        if self.codec.order == "slot":
+            return window * one.max_len + place
+        return np.lexsort((place, window, one.coords[place, 0]))
+
+    def layout_for(self, horizon: int | None = None, embodiment: str | None = None) -> TokenLayout:
+        """See ActionTokenizer.layout_for."""
+        known = self.embodiment(embodiment)
+        windows = self._windows(self._resolve_horizon(horizon, ChunkContext()))
+        one = self._window_layout(known)
+        if windows == 1:
+            return one
+        order = self._order(windows, known)
+        window, place = np.divmod(order, one.max_len)
+        coords = one.coords[place]
+        coords[:, 1] += window * (one.coords[:, 1].max() + 1)
+        sizes = [len(b) for b in one.blocks]
+        if len(set(sizes[:-1])) > 1:  # blocks that grow: each takes in its counterpart of every window
+            ends = np.cumsum([0] + [s * windows for s in sizes])
+        else:
+            ends = np.append(np.arange(0, len(order), sizes[0]), len(order))
+        return TokenLayout(
+            vocab=one.vocab[place],
+            table=one.table[place],
+            coords=coords,
+            blocks=tuple(tuple(range(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)),
+            prefixes=tuple(p * windows for p in one.prefixes),
+            min_len=len(order),
+            max_len=len(order),
+            total=one.total,
+        )
+
+
+def join(batches: Sequence[CodecBatch]) -> CodecBatch:
+    """One batch of several, e.g. of different embodiments."""
+    if len(batches) == 1:
+        return batches[0]
+    return CodecBatch(
+        **{
+            name: torch.cat([getattr(b, name) for b in batches])
+            for name in ("actions", "present", "real", "embodiment")
+        },
+        structure={key: torch.cat([b.structure[key] for b in batches]) for key in batches[0].structure},
+    )
+
+
+def _arrays(state: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.detach().cpu().numpy().copy() for name, value in state.items()}
