@@ -6,6 +6,7 @@ A paper's file defines a config, a `Codec` and a subclass of `NeuralTokenizer` t
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -163,6 +164,7 @@ class NeuralTokenizer(TokenizerBase):
         real = real.reshape(count * windows, self._horizon)
         present = None if context.dof_mask is None else np.repeat(np.asarray(context.dof_mask), windows, 0)
         device = next(self.codec.parameters()).device
+        kept = self._kept(embodiment)
         found = []
         with torch.inference_mode():
             for i in range(0, len(chunks), ROWS):
@@ -170,7 +172,8 @@ class NeuralTokenizer(TokenizerBase):
                 batch = self.batch(
                     chunks[i : i + ROWS], embodiment.space.embodiment, real=real[i : i + ROWS], present=mask
                 )
-                found.append(self.codec.tokenize(batch.to(device)).cpu().numpy())
+                ids = self.codec.tokenize(batch.to(device)).cpu().numpy()
+                found.append(ids if kept is None else ids[:, kept])
         one = self._window_layout(embodiment).max_len
         ids = np.concatenate(found).reshape(count, windows * one) if found else np.zeros((0, windows * one), np.int64)
         flat = ids[:, self._order(windows, embodiment)].reshape(-1)
@@ -216,6 +219,10 @@ class NeuralTokenizer(TokenizerBase):
         # Of every window the ids that are there, in the window's own order.
         order = self._order(windows, embodiment)[:length]
         by_window = ids[:, np.argsort(order, kind="stable")].reshape(count * windows, length // windows)
+        if (kept := self._kept(embodiment)) is not None:
+            whole = np.zeros((len(by_window), len(kept)), np.int64)
+            whole[:, np.flatnonzero(kept)[: by_window.shape[1]]] = by_window
+            by_window = whole
         mask = None if present is None else np.repeat(present, windows, 0)
         device = next(self.codec.parameters()).device
         found = []
@@ -253,6 +260,13 @@ class NeuralTokenizer(TokenizerBase):
         """Tokens that a block-wise policy emits in one pass."""
         return 1
 
+    def _kept(self, embodiment: Embodiment) -> Bool[np.ndarray, "M"] | None:
+        """Which of the M tokens that the codec gives for a window are in this embodiment's sequences; None: all.
+
+        For codecs whose number of tokens follows the channels: what they say of absent ones is not sent.
+        """
+        return None
+
     def _order(self, windows: int, embodiment: Embodiment) -> Int[np.ndarray, "N"]:
         """Position n of the sequence holds the id at [order[n]] of the windows' sequences put one after another."""
         one = self._window_layout(embodiment)
@@ -281,7 +295,7 @@ class NeuralTokenizer(TokenizerBase):
             vocab=one.vocab[place],
             table=one.table[place],
             coords=coords,
-            blocks=tuple(tuple(range(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)),
+            blocks=tuple(tuple(range(a, b)) for a, b in itertools.pairwise(ends)),
             prefixes=tuple(p * windows for p in one.prefixes),
             min_len=len(order),
             max_len=len(order),
