@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,7 +12,7 @@ from actok.core.constraint import Constraint
 from actok.core.errors import ArtifactError, SpaceMismatchError
 from actok.core.layout import TokenLayout
 from actok.core.spaces import ActionSpace
-from actok.core.types import ChunkContext, Decoded, FitPart, Tokens
+from actok.core.types import ChunkContext, Decoded, Tokens
 
 __all__ = ["ActionTokenizer"]
 
