@@ -39,11 +39,10 @@ def merge_settings(settings: Mapping[str, Any], override: Mapping[str, Any]) -> 
     merged = dict(settings)
     for key, value in override.items():
         old = merged.get(key)
-        tables = isinstance(value, Mapping) and isinstance(old, Mapping)
-        if tables and not ("kind" in value and "kind" in old and value["kind"] != old["kind"]):
-            merged[key] = merge_settings(old, value)
-        else:
-            merged[key] = value
+        merged[key] = value
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            other_kind = "kind" in value and "kind" in old and value["kind"] != old["kind"]
+            merged[key] = dict(value) if other_kind else merge_settings(old, value)
     return merged
 
 

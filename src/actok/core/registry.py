@@ -107,13 +107,15 @@ def split_settings(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def load_target(target: str) -> Any:
-    """Import "module:attribute". A missing optional package becomes MissingExtraError where the module says so."""
+    """Import "module:attribute". Raises MissingExtraError where torch is missing, or what else the module says it needs."""
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except MissingExtraError:
         raise
     except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            raise MissingExtraError("torch", "torch", "a learned tokenizer") from error
         raise ConfigError(f"{target} cannot be imported: {error}; check the preset's target") from error
 
 

@@ -8,16 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
-from actok.core import ActionSpace, CodecBatch, CodecOutput, MissingExtraError
-
-try:
-    import torch
-    from torch import Tensor, nn
-except ImportError as error:
-    raise MissingExtraError("torch", "torch", "a learned tokenizer") from error
-
+from actok.core import ActionSpace, CodecBatch, CodecOutput
 from actok.quantizers import Quantizer
 
 __all__ = ["Codec", "CodecShape", "dct_matrix", "masked_mean", "weights"]

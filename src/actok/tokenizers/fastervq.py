@@ -25,27 +25,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from actok.core import ActionSpace, CodecBatch, ConfigError
 from actok.core.spaces import Kind, Mode
-from actok.signal.normalise import NormaliserKind
-from actok.tokenizers.codec import (  # first: it says if torch is missing
-    Codec,
-    CodecShape,
-    dct_matrix,
-    masked_mean,
-    weights,
-)
-from actok.tokenizers.embodiments import Embodiment
-from actok.tokenizers.neural import NeuralTokenizer
-
-import torch  # isort: skip
-from torch import Tensor, nn  # isort: skip
-
 from actok.nn.convolution import ConvBlock
 from actok.nn.transformer import Attention, Block, FeedForward
 from actok.quantizers import make_quantizer
+from actok.signal.normalise import NormaliserKind
+from actok.tokenizers.codec import Codec, CodecShape, dct_matrix, masked_mean, weights
+from actok.tokenizers.embodiments import Embodiment
+from actok.tokenizers.neural import NeuralTokenizer
 
 Arch = Literal["taae", "cnn", "transformer"]
 KINDS, MODES = get_args(Kind), get_args(Mode)
@@ -206,7 +198,8 @@ class FasterVq(Codec):
         channels: int64 [n, d], 1 + channel that stands at each place of a patch, 0 where there is none.
         kind: int64 [n], 1 + kind and mode of the group. which: int64 [n], the how manieth of its kind.
         """
-        width, seen = shape.extra["group_width"], {}
+        width = shape.extra["group_width"]
+        seen: dict[int, int] = {}
         channels, kinds, which = [], [], []
         for group in space.groups:
             for start in range(0, len(group.dims), width):
