@@ -12,7 +12,8 @@ __all__ = ["ConvBlock", "TimeConv"]
 class TimeConv(nn.Module):
     """1-D convolution over [B, L, W] (channels last) that keeps L, or ceil(L / stride).
 
-    `causal`: output t sees inputs up to t * stride only; otherwise the padding is symmetric.
+    `causal`: output t sees inputs up to (t + 1) * stride - 1, the last of its own stride, and none of the input is left
+    unseen; the kernel must then be at least as long as the stride. Otherwise the padding is symmetric.
     """
 
     def __init__(
@@ -24,8 +25,8 @@ class TimeConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L W"]) -> Float[Tensor, "B M X"]:
         """[B, L, width] to [B, ceil(L / stride), out]."""
-        before = self.kernel - 1 if self.causal else (self.kernel - 1) // 2
-        after = self.kernel - 1 - before + (-x.shape[1]) % self.stride
+        before, after = (self.kernel - self.stride, 0) if self.causal else ((self.kernel - 1) // 2, self.kernel // 2)
+        after += (-x.shape[1]) % self.stride
         return self.conv(F.pad(x.transpose(1, 2), (before, after))).transpose(1, 2)
 
 
