@@ -1,7 +1,7 @@
 """Several datasets mixed by ratio, and which chunks of which dataset make up each training step.
 
-A ratio weighs a *dataset*: it is drawn for a share ratio / (sum of ratios) of all steps, however many frames it has
-(ratio 5 beside 1 means five steps in six). A mixture file:
+A ratio weighs a *dataset*: it is drawn for a share ratio / (sum of ratios) of all steps or samples, however many frames it
+has (ratio 5 beside 1 means five in six). A mixture file:
 
     summary = "one line"
     paper = "FASTer (arXiv ...), Table 3"          # optional
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from actok.data.episodes import EpisodeDataset
 LONGEST_CYCLE = 10_000
 ROUNDS = 6  # of the permutation network; the published analyses of Feistel networks ask for at least 4
 
-__all__ = ["MixedBatch", "Mixture", "MixtureEntry", "MixtureSampler", "list_mixtures", "load_mixture"]
+__all__ = ["MixedBatch", "MixedSamples", "Mixture", "MixtureEntry", "MixtureSampler", "list_mixtures", "load_mixture"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,24 +161,40 @@ class MixedBatch:
     epoch: int
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixedSamples:
+    """What one step trains on where a batch mixes datasets.
+
+    Attributes:
+        dataset: int64 [B] dataset of each sample.
+        indices: int64 [B] its chunk in that dataset, for `Chunks.batch`.
+    """
+
+    dataset: np.ndarray
+    indices: np.ndarray
+
+
 class MixtureSampler:
     """Which chunks a training step sees, as a pure function of seed and step; nothing is stored, so resuming is exact.
 
-    Steps come in cycles. Within one, each dataset owns exactly the number of steps its ratio asks for (ratios 5 and 1:
+    Draws come in cycles. Within one, each dataset owns exactly the number of draws its ratio asks for (ratios 5 and 1:
     five and one of six), in an order drawn anew for each cycle. Each dataset is gone through without repetition, in an
     order drawn anew for each epoch; a batch that reaches the end of an epoch continues into the next. The order is a
     keyed permutation computed per index (a Feistel network with cycle walking), so memory does not grow with the data.
 
-    With several processes, rank r of W takes steps r, r + W, r + 2 W, ...
+    A draw is a whole batch of one dataset (`at`), or a single sample, so that batches mix datasets (`samples`).
+
+    With several processes, rank r of W calls `at` with steps r, r + W, r + 2 W, ..., or `samples` with its rank.
 
     Args:
         sizes: chunks of each dataset: the `Chunks` objects or their lengths.
-        ratios: one per dataset, above 0; equal where None.
-        batch_size: B.
+        ratios: one per dataset, above 0; equal where None. "size": all chunks of all datasets are one epoch, so that each
+            sample is as likely as any other; for `samples` only.
+        batch_size: B, of all processes together.
         seed: at least 0.
 
     Raises:
-        ConfigError: no dataset, an empty one, ratios that need a cycle of more than 10,000 steps, a batch size below 1.
+        ConfigError: no dataset, an empty one, ratios that need a cycle of more than 10,000 draws, a batch size below 1.
     """
 
     def __init__(
@@ -185,11 +202,12 @@ class MixtureSampler:
         sizes: Sequence[Chunks | int],
         *,
         batch_size: int,
-        ratios: Sequence[float] | None = None,
+        ratios: Sequence[float] | Literal["size"] | None = None,
         seed: int = 0,
     ) -> None:
         self.sizes = tuple(len(s) if isinstance(s, Chunks) else int(s) for s in sizes)
-        ratios = [1.0] * len(self.sizes) if ratios is None else list(ratios)
+        by_size = ratios == "size"
+        ratios = [1.0] * len(self.sizes) if ratios is None or by_size else list(ratios)
         if not self.sizes or min(self.sizes) < 1 or len(ratios) != len(self.sizes):
             raise ConfigError(
                 f"datasets of {list(self.sizes)} chunks with ratios {ratios} cannot be mixed; give at least one, none"
@@ -201,12 +219,15 @@ class MixtureSampler:
             raise ConfigError(f"sampler seed is {seed}; give 0 or more")
         self.batch_size = int(batch_size)
         self.seed = int(seed)
-        self.quotas = _quotas(ratios)
+        self.quotas = self.sizes if by_size else _quotas(ratios)
+        self._by_size = by_size
 
     def at(self, step: int) -> MixedBatch:
         """The batch of step 0, 1, 2, ... in any order, from any process."""
         if step < 0:
             raise ConfigError(f"step is {step}; steps count from 0")
+        if self._by_size:
+            raise ConfigError('ratios "size" mix samples, not batches of one dataset; use samples(step)')
         cycle, place = divmod(int(step), sum(self.quotas))
         order = _cycle(self.quotas, self.seed, cycle)
         dataset = int(order[place])
@@ -219,6 +240,48 @@ class MixtureSampler:
             mine = epochs == epoch
             indices[mine] = _permute(places[mine], size, (self.seed, dataset, int(epoch)))
         return MixedBatch(dataset=dataset, indices=indices, epoch=first // size)
+
+    def samples(self, step: int, *, rank: int = 0, ranks: int = 1) -> MixedSamples:
+        """The samples of step 0, 1, 2, ..., in any order; rank r of W gets the r-th of W equal parts of the batch.
+
+        Raises ConfigError where the batch cannot be divided among the ranks.
+        """
+        if step < 0 or not 0 <= rank < ranks:
+            raise ConfigError(f"step is {step}, rank {rank} of {ranks}; both count from 0")
+        share, rest = divmod(self.batch_size, ranks)
+        if rest:
+            raise ConfigError(
+                f"a batch of {self.batch_size} cannot be divided among {ranks} processes; change batch_size"
+            )
+        draws = int(step) * self.batch_size + rank * share + np.arange(share)
+        cycles, places = np.divmod(draws, sum(self.quotas))
+        dataset, indices = np.empty(share, np.int64), np.empty(share, np.int64)
+        for cycle in np.unique(cycles):
+            mine = cycles == cycle
+            if self._by_size:  # a cycle is an epoch of everything
+                pooled = _permute(places[mine], sum(self.sizes), (self.seed, len(self.sizes), int(cycle)))
+                ends = np.cumsum(self.sizes)
+                dataset[mine] = np.searchsorted(ends, pooled, side="right")
+                indices[mine] = pooled - (ends - self.sizes)[dataset[mine]]
+                continue
+            order = _cycle(self.quotas, self.seed, int(cycle))
+            dataset[mine] = order[places[mine]]
+            indices[mine] = int(cycle) * np.array(self.quotas)[dataset[mine]] + _ordinals(order)[places[mine]]
+        if not self._by_size:
+            epochs, turns = np.divmod(indices, np.array(self.sizes)[dataset])
+            for d, epoch in np.unique(np.stack([dataset, epochs]), axis=1).T:
+                mine = (dataset == d) & (epochs == epoch)
+                indices[mine] = _permute(turns[mine], self.sizes[d], (self.seed, int(d), int(epoch)))
+        return MixedSamples(dataset=dataset, indices=indices)
+
+
+def _ordinals(order: np.ndarray) -> np.ndarray:
+    """How often the entry at each place of a cycle has come up before it."""
+    by_dataset = np.argsort(order, kind="stable")
+    counts = np.bincount(order)
+    ordinals = np.empty_like(order)
+    ordinals[by_dataset] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ordinals
 
 
 def _quotas(ratios: Sequence[float]) -> tuple[int, ...]:

@@ -18,12 +18,14 @@ from actok.core import (
     build_config,
     find_class,
     find_preset,
+    merge_settings,
     read_artifact,
 )
 from actok.core.arrays import is_torch
 from actok.core.registry import load_target
 from actok.data import Chunks, FrameCache, Mixture, open_dataset, split_dataset
 from actok.signal.sketch import StatisticsAccumulator
+from actok.training.config import train_config
 from actok.training.tolerance import Tolerance, search
 
 # Of training, validation and test episodes, here and in the benchmark.
@@ -73,13 +75,31 @@ def load(folder_or_hub_id: str | Path, *, revision: str | None = None) -> Action
     return tokenizer
 
 
-def fit_parts(name: str, parts: Sequence[FitPart], **settings: Any) -> ActionTokenizer:
-    """Fit the preset `name`, its settings overridden by `settings`, on prepared chunks of one or more embodiments."""
+def fit_parts(
+    name: str, parts: Sequence[FitPart], *, training: Mapping[str, Any] | None = None, **settings: Any
+) -> ActionTokenizer:
+    """Fit the preset `name`, its settings overridden by `settings`, on prepared chunks of one or more embodiments.
+
+    A learned preset is trained, by its [training] table overridden by `training` (fields of `TrainConfig`), on all parts
+    together, every chunk as likely as any other; the last weights are kept, since nothing is held out.
+    """
     preset = find_preset(name)
     target = load_target(preset.target)
-    config = build_config(target.config_class, {**preset.settings, **settings}, f"tokenizer {name!r}")
-    tokenizer: ActionTokenizer = target.fit(parts, config)
-    return tokenizer
+    config = build_config(target.config_class, merge_settings(preset.settings, settings), f"tokenizer {name!r}")
+    if not target.learned:
+        _refuse_training(name, training)
+        fitted: ActionTokenizer = target.fit(parts, config)
+        return fitted
+    from actok.training.learned import train_parts
+
+    return train_parts(target, config, parts, train_config(preset.training, training, f"{name!r}"))
+
+
+def _refuse_training(name: str, training: Mapping[str, Any] | None) -> None:
+    if training:
+        raise ConfigError(
+            f"{name} is fitted in closed form and takes no training settings; leave out {', '.join(training)}"
+        )
 
 
 def fit(

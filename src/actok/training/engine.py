@@ -1,0 +1,373 @@
+"""The training loop of every learned tokenizer, on accelerate: one process or many, CPU or CUDA.
+
+Two things make a run repeatable and resuming exact. The batch of a step is a pure function of the seed and the step
+(`MixtureSampler.samples`), and so is the state of torch's random generators at its start, so neither is stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from actok.core import CodecBatch, ConfigError, MissingExtraError
+from actok.data.mixtures import MixtureSampler
+from actok.training.config import TrainConfig
+from actok.training.health import Health
+from actok.training.sources import Batches, Prefetcher, Source
+from actok.training.stopping import StopSignals, TrainingStopped, explain
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from actok.tokenizers.neural import NeuralTokenizer
+    from actok.training.run_folder import RunFolder
+
+# How long a process waits for the others before it counts as hung.
+RANK_TIMEOUT = timedelta(minutes=10)
+# With several processes, they agree on stopping every so many steps.
+AGREE_EVERY = 10
+# Weight decay acts on the weights of these.
+DECAYED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+
+__all__ = ["Trained", "Trainer", "parameter_groups"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """What a run gives.
+
+    Attributes:
+        tokenizer: with the weights of the best evaluation, or the last ones where nothing was evaluated.
+        summary: JSON values for the artifact's meta.
+    """
+
+    tokenizer: NeuralTokenizer
+    summary: Mapping[str, Any]
+
+
+def parameter_groups(codec: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of the codec's parameters, in its order: with weight decay (weights of linear maps and convolutions) and without."""
+    decayed = {
+        id(parameter)
+        for module in codec.modules()
+        if isinstance(module, DECAYED)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim > 1
+    }
+    parameters = [p for p in codec.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+class Trainer:
+    """One training run of one tokenizer.
+
+    Args:
+        tokenizer: untrained.
+        sources: at least one dataset.
+        config: how to train.
+        ratios: of the sources; "size": every chunk is as likely as any other.
+        judge: metrics of a tokenizer on validation episodes, of which "l1" chooses the best; None: keep the last weights.
+        folder: where log and checkpoints go; None: nowhere.
+        progress: show a bar on stderr.
+    """
+
+    def __init__(
+        self,
+        tokenizer: NeuralTokenizer,
+        sources: Sequence[Source],
+        config: TrainConfig,
+        *,
+        ratios: Sequence[float] | Literal["size"] = "size",
+        judge: Callable[[NeuralTokenizer], dict[str, Any]] | None = None,
+        folder: RunFolder | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.tokenizer, self.config, self.judge, self.folder = tokenizer, config, judge, folder
+        self.accelerator = _accelerator(config, folder)
+        self.progress = progress and self.accelerator.is_main_process
+        self.sampler = MixtureSampler(
+            [s.size for s in sources], ratios=ratios, batch_size=config.batch_size, seed=config.seed
+        )
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        self.batches = Batches(tokenizer, sources, self.sampler, rank=rank, ranks=ranks)
+        self.sampler.samples(0, rank=rank, ranks=ranks)  # refuses a batch that cannot be divided, before anything runs
+        self.codec = copy.deepcopy(tokenizer.codec).train().requires_grad_(True)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.codec, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
+        )
+        if config.compile:
+            self.codec.compile()
+        self.model, self.optimizer = self.accelerator.prepare(self.codec, optimizer)
+        self.names = {name: p for name, p in self.codec.named_parameters() if p.requires_grad}
+        self.ema: dict[str, Tensor] = {}
+        if config.weight_ema:
+            self.ema = {name: p.detach().clone() for name, p in self.names.items()}
+        self.health = Health(self.codec.quantizer.sizes, config.warmup)
+        self.done = 0
+        self.seconds = 0.0
+        self.waited = 0.0
+        self.best: dict[str, Any] | None = None
+        self.best_state: dict[str, Tensor] | None = None
+        self._window: list[tuple[dict[str, Tensor], Tensor | None]] = []
+        self._window_start = (0.0, 0.0)
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> Trained:
+        """Train from where the run stands to its last step.
+
+        Raises TrainingError where it cannot go on, TrainingStopped where SIGTERM or Ctrl-C ended it after a whole step.
+        """
+        config, started, before = self.config, time.perf_counter(), self.seconds
+        cuda = self.accelerator.device.type == "cuda"
+        with (
+            torch.random.fork_rng(devices=[self.accelerator.device] if cuda else []),
+            StopSignals() as signals,
+            Prefetcher(self.batches.at, self.done, config.steps, _pinned if cuda else None) as feed,
+            tqdm(
+                total=config.steps,
+                initial=self.done,
+                desc=f"training {self.tokenizer.kind}",
+                unit="step",
+                disable=None if self.progress else True,
+            ) as bar,
+        ):
+            self._window_start = (started, 0.0)
+            for step in range(self.done, config.steps):
+                try:
+                    self._step(step, feed.get(step))
+                except (MemoryError, RuntimeError) as error:
+                    if found := explain(error, step + 1, config.batch_size, self.accelerator.num_processes):
+                        raise found from error
+                    raise
+                self.done = step + 1
+                self.seconds, self.waited = before + time.perf_counter() - started, feed.waited
+                bar.update()
+                stopping = self._agreed(signals.requested)
+                self._after_step(bar, stopping)
+                if stopping:
+                    where = f"saved in {self.folder.path}" if self.folder else "nothing kept: it has no run folder"
+                    raise TrainingStopped(f"stopped after step {self.done} of {config.steps}, {where}")
+        self.accelerator.end_training()
+        return Trained(tokenizer=self.tokenizer.with_weights(self.best_state or self._state()), summary=self._summary())
+
+    def _after_step(self, bar: Any, stopping: bool) -> None:
+        """What is due after the step just done: log, evaluation, checkpoint, in this order."""
+        config = self.config
+        last = self.done == config.steps
+        judging = self.judge is not None and (last or (config.eval_every > 0 and self.done % config.eval_every == 0))
+        saving = self.folder is not None and (
+            last or stopping or (config.checkpoint_every > 0 and self.done % config.checkpoint_every == 0)
+        )
+        if last or stopping or judging or saving or self.done % config.log_every == 0:
+            self._log(bar)
+        if judging:
+            self._judge(bar)
+        if saving:
+            self._save()
+
+    def _step(self, step: int, batch: CodecBatch) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(step)
+        torch.manual_seed(_mixed(self.config.seed, step, self.accelerator.process_index))
+        device = self.accelerator.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            output = self.model(batch.to(device))
+        loss = torch.stack([value.float() for value in output.losses.values()]).sum()
+        self.accelerator.backward(loss)
+        norm = None
+        if self.config.clip_norm:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            torch._foreach_lerp_(
+                list(self.ema.values()), [p.detach() for p in self.names.values()], 1 - self.config.weight_ema
+            )
+        losses = {name: value.detach() for name, value in output.losses.items()}
+        self._window.append((losses, norm))
+        self._usage = output.usage
+        self._drawn = output.codes.shape[0] * output.codes.shape[1]
+
+    def _agreed(self, requested: bool) -> bool:
+        """Whether to stop now: what this process wants, or any of several, which then all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return requested
+        if self.done % AGREE_EVERY and self.done != self.config.steps:
+            return False
+        flag = torch.tensor([float(requested)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+    # -- log, evaluation ------------------------------------------------------------------------------------------
+
+    def _log(self, bar: Any) -> None:
+        """Read the losses of the window since the last log, look after them, and write a line."""
+        if not self._window:
+            return
+        values = torch.stack([v.float() for losses, _ in self._window for v in losses.values()]).tolist()
+        window, at = [], 0
+        for losses, _ in self._window:
+            window.append(dict(zip(losses, values[at : at + len(losses)], strict=True)))
+            at += len(losses)
+        first = self.done - len(window) + 1
+        self.health.losses(first, window)
+        names = list(dict.fromkeys(name for losses in window for name in losses))
+        mean = {name: sum(losses.get(name, 0.0) for losses in window) / len(window) for name in names}
+        now, waited = time.perf_counter(), self.waited
+        elapsed = max(now - self._window_start[0], 1e-9)
+        line: dict[str, Any] = {
+            "step": self.done,
+            "loss": sum(mean.values()),
+            "losses": mean,
+            "learning_rate": self.config.learning_rate_at(self.done - 1),
+            "steps_per_s": len(window) / elapsed,
+            "chunks_per_s": len(window) * self.config.batch_size / elapsed,
+            "waiting": (waited - self._window_start[1]) / elapsed,
+        }
+        if (norm := self._window[-1][1]) is not None:
+            line["gradient_norm"] = float(norm)
+        if self._usage is not None:
+            line["codes_used"] = [float(v) for v in self._usage.share]
+            line["perplexity"] = [float(v) for v in self._usage.perplexity]
+            self.health.codes(self.done, line["codes_used"], line["perplexity"], self._drawn)
+        self._window = []
+        self._window_start = (now, waited)
+        self._write(line)
+        self._show(bar, line)
+
+    def _judge(self, bar: Any) -> None:
+        """Evaluate the weights to be kept, on the first process; all learn whether they are the best so far."""
+        before = time.perf_counter()
+        state = self._state()
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            assert self.judge is not None
+            tokenizer = self.tokenizer.with_weights(state).to(self.accelerator.device)
+            found = [{"step": self.done, **self.judge(tokenizer)}]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(found)
+        metrics = found[0]
+        if self.best is None or metrics["l1"] < self.best["l1"]:
+            self.best, self.best_state = metrics, {name: value.cpu().clone() for name, value in state.items()}
+        self._window_start = (self._window_start[0] + time.perf_counter() - before, self._window_start[1])
+        self._write({"step": self.done, "validation": metrics})
+        self._show(bar, {"l1": metrics["l1"], "vrr": metrics["vrr"]})
+
+    def _show(self, bar: Any, line: Mapping[str, Any]) -> None:
+        shown = dict(getattr(bar, "actok", {}))
+        if "loss" in line:
+            shown["loss"] = f"{line['loss']:.4f}"
+        if "codes_used" in line:
+            shown["codes"] = " ".join(f"{v:.0%}" for v in line["codes_used"])
+        if "l1" in line:
+            shown["val_l1"] = f"{line['l1']:.4f}"
+            shown["vrr"] = " ".join(f"{v:.0%}" for v in line["vrr"].values())
+        bar.actok = shown
+        bar.set_postfix(shown, refresh=False)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            if self.folder is not None:
+                self.folder.log(line)
+            if self.config.track:
+                self.accelerator.log(_flat(line), step=self.done)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Tensor]:
+        """The weights to evaluate and keep: averaged where they are, codebooks as they stand."""
+        return {**self.codec.state_dict(), **self.ema}
+
+    def _save(self) -> None:
+        assert self.folder is not None
+        if self.accelerator.is_main_process:
+            self.folder.save(self)
+        self.accelerator.wait_for_everyone()
+
+    def _summary(self) -> dict[str, Any]:
+        chunks = self.done * self.config.batch_size
+        return {
+            "config": asdict(self.config),
+            "parameters": sum(p.numel() for p in self.names.values()),
+            "steps": self.done,
+            "epochs": chunks / sum(self.sampler.sizes),
+            "seconds": self.seconds,
+            "chunks_per_s": chunks / max(self.seconds, 1e-9),
+            "waiting": self.waited / max(self.seconds, 1e-9),
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "validation": self.best,
+            "warnings": list(self.health.warned),
+        }
+
+
+def _accelerator(config: TrainConfig, folder: RunFolder | None) -> Accelerator:
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+    except ImportError as error:
+        raise MissingExtraError("accelerate", "torch", "training") from error
+
+    place = None if folder is None else str(folder.path)
+    handlers = [
+        InitProcessGroupKwargs(timeout=RANK_TIMEOUT),
+        # A codec may leave parameters out of a step (dropped levels); quantisers keep their buffers equal themselves.
+        DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+    ]
+    accelerator = Accelerator(
+        log_with=list(config.track) or None,
+        project_config=ProjectConfiguration(project_dir=place, logging_dir=place),
+        kwargs_handlers=handlers,
+    )
+    if accelerator.mixed_precision not in ("no", config.precision):
+        raise ConfigError(
+            f"accelerate was started with mixed precision {accelerator.mixed_precision!r}, this run asks for"
+            f" {config.precision!r}; leave it out there and set precision here"
+        )
+    return accelerator
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of 63 bits from several whole numbers (SplitMix64)."""
+    value = 0
+    for number in numbers:
+        value = (value + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        value ^= value >> 31
+    return value >> 1
+
+
+def _pinned(batch: CodecBatch) -> CodecBatch:
+    """In page-locked memory, from which copies to the device do not wait."""
+    return CodecBatch(
+        **{name: getattr(batch, name).pin_memory() for name in ("actions", "present", "real", "embodiment")},
+        structure={name: table.contiguous().pin_memory() for name, table in batch.structure.items()},
+    )
+
+
+def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of nested mappings and lists under names such as "validation/vrr/0.03"."""
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (list, tuple)):
+            found |= _flat({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            found[f"{prefix}{name}"] = float(value)
+    return found
