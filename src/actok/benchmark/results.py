@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
-import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +16,25 @@ import numpy as np
 
 from actok.core import DataError
 from actok.core.files import write_bytes
+from actok.core.provenance import circumstances, cpu_model, package_versions, thread_settings
 
 FORMAT = "actok.benchmark"
 SCHEMA_VERSION = 1
 # What a measured figure depends on; a change in any of these files makes kept units stale.
-CODE = ("core", "signal", "tokenizers", "data", "envs", "evaluation", "training", "configs", "benchmark/measure.py")
+CODE = (
+    "core",
+    "signal",
+    "nn",
+    "quantizers",
+    "tokenizers",
+    "data",
+    "envs",
+    "evaluation",
+    "training",
+    "configs",
+    "benchmark/measure.py",
+)
 PACKAGES = ("numpy", "scipy", "tokenizers", "numba", "torch", "matplotlib", "mujoco", "metaworld")
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 __all__ = ["FORMAT", "SCHEMA_VERSION", "UnitStore", "code_hash", "plain", "provenance", "read_results", "write_results"]
 
@@ -78,65 +83,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 def provenance(seed: int) -> dict[str, Any]:
     """Under which conditions the figures came about: versions, machine, threads, commit, command, time."""
-    from actok import __version__
-
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "seed": seed,
-        "actok": __version__,
-        "code": code_hash()[:16],
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": _versions(),
-        "platform": platform.platform(),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": _threads(),
-    }
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _threads() -> dict[str, str | None]:
-    return {name: os.environ.get(name) for name in THREADS}
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that actok runs from ("-dirty" with local changes), None where it is not a checkout."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        root = Path(git("rev-parse", "--show-toplevel"))
-        if not (root / "src" / "actok").is_dir():
-            return None  # an environment inside somebody else's repository
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", str(folder.parent)) else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return {**circumstances(PACKAGES), "seed": seed, "code": code_hash()[:16]}
 
 
 @cache
@@ -175,7 +122,7 @@ class UnitStore:
 
     def key(self, **facts: Any) -> str:
         """Hash of the facts together with code, package versions, threads and processor."""
-        machine = {"cpu": cpu_model(), "packages": _versions(), "threads": _threads()}
+        machine = {"cpu": cpu_model(), "packages": package_versions(PACKAGES), "threads": thread_settings()}
         body = {"schema": SCHEMA_VERSION, "code": code_hash(), **machine, **plain(facts)}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
 
