@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,14 @@ class CarpConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("latent", 1), ("halvings", 0), ("depth", 1)):
+        for name, least in (("width", 1), ("latent", 1), ("halvings", 1), ("depth", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
-        if self.width % 2**self.halvings:
-            raise ConfigError(f"width is {self.width}; give a multiple of {2**self.halvings} (2 ** halvings)")
+        if self.width % 2 ** (self.halvings - 1):
+            raise ConfigError(
+                f"width is {self.width}; give a multiple of {2 ** (self.halvings - 1)} (2 ** (halvings - 1))"
+            )
         fit_scales(self.scales or (1,), 1)
 
     @property
@@ -100,7 +103,7 @@ class CarpCodec(Codec):
         table: [M] which codebook each of them reads.
     """
 
-    config: CarpConfig
+    into_tokens: Tensor
 
     def __init__(self, config: CarpConfig, shape: CodecShape) -> None:
         super().__init__()
@@ -109,39 +112,34 @@ class CarpCodec(Codec):
         width, marks = config.width, nn.Embedding(shape.channels + len(KINDS), config.width)
         nn.init.normal_(marks.weight, std=0.02)
         self.marks = marks
-        widths = [width // 2 ** (config.halvings - i) for i in range(config.halvings + 1)]  # from fine to coarse
-        self.enter = nn.Linear(1, widths[0])
+        widths = [1] + [width // 2**i for i in reversed(range(config.halvings))]  # from fine to coarse
         self.down = nn.ModuleList(
-            nn.Sequential(_blocks(fine, config.depth), TimeConv(fine, coarse, 4, stride=2))
-            for fine, coarse in zip(widths[:-1], widths[1:], strict=True)
+            nn.Sequential(TimeConv(fine, coarse, 4, stride=2), *(ConvBlock(coarse) for _ in range(config.depth)))
+            for fine, coarse in pairwise(widths)
         )
-        self.encoder = _blocks(width, config.depth)
         self.to_latent = nn.Linear(width, config.latent)
         self.from_latent = nn.Linear(config.latent, width)
-        self.decoder = _blocks(width, config.depth)
-        self.up = nn.ModuleList(
-            nn.Sequential(TimeConv(coarse, fine, 3), _blocks(fine, config.depth))
-            for coarse, fine in zip(widths[:0:-1], widths[-2::-1], strict=True)
+        self.up = nn.ModuleList(  # each step becomes two
+            nn.Sequential(*(ConvBlock(coarse) for _ in range(config.depth)), TimeConv(coarse, 2 * fine))
+            for coarse, fine in pairwise(reversed(widths))
         )
-        self.leave = nn.Linear(widths[0], 1)
         settings = dict(config.quantizer)
-        scales = config.scales and fit_scales(config.scales, self.length)
-        if scales:
-            settings["scales"] = scales
+        self.scales = config.scales and fit_scales(config.scales, self.length)
+        if self.scales:
+            settings["scales"] = self.scales
         self.quantizer = make_quantizer(settings, config.latent)
-        self._lay_out(scales)
+        self._lay_out()
 
-    def _lay_out(self, scales: tuple[int, ...] | None) -> None:
+    def _lay_out(self) -> None:
         """Tokens in order: by level, then dimension, then time. Without scales every level has all places."""
-        counts = scales or (self.length,) * self.quantizer.levels
+        counts = self.scales or (self.length,) * self.quantizer.levels
         level = np.repeat(np.arange(len(counts)), counts)
         place = np.concatenate([np.arange(n) for n in counts])
         part, code = np.divmod(np.arange(self.channels * len(level)), len(level))
         sequence = np.lexsort((place[code], part, level[code]))
         self.level, self.part, self.time = level[code][sequence], part[sequence], place[code][sequence]
-        self.table = np.zeros_like(self.level) if scales else self.level
+        self.table = np.zeros_like(self.level) if self.scales else self.level
         self.register_buffer("into_tokens", torch.from_numpy(sequence), persistent=False)
-        self.register_buffer("into_codes", torch.from_numpy(np.argsort(sequence)), persistent=False)
 
     @classmethod
     def structure(cls, config: CarpConfig, space: ActionSpace, shape: CodecShape) -> dict[str, np.ndarray]:
@@ -159,17 +157,17 @@ class CarpCodec(Codec):
         """See Codec."""
         x = batch.actions.transpose(1, 2).flatten(0, 1)
         x = F.pad(x, (0, self.length * self.factor - self.steps), mode="replicate")
-        x = self.enter(x[:, :, None])
+        x = x[:, :, None]
         for stage in self.down:
             x = stage(x)
-        return self._join(self.to_latent(self.encoder(x + self._mark(batch))))
+        return self._join(self.to_latent(x + self._mark(batch)))
 
     def decode(self, latents: Float[Tensor, "B S C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
         """See Codec."""
-        x = self.decoder(self.from_latent(self._rows(latents)) + self._mark(batch))
+        x = self.from_latent(self._rows(latents)) + self._mark(batch)
         for stage in self.up:
-            x = stage(x.repeat_interleave(2, dim=1))
-        return self.leave(x)[:, : self.steps, 0].unflatten(0, (-1, self.channels)).transpose(1, 2)
+            x = stage(x).unflatten(2, (2, -1)).flatten(1, 2)
+        return x[:, : self.steps, 0].unflatten(0, (-1, self.channels)).transpose(1, 2)
 
     def forward(self, batch: CodecBatch) -> CodecOutput:
         """See Codec; absent dimensions count in no statistic of the codebook."""
@@ -194,8 +192,9 @@ class CarpCodec(Codec):
         return self._join(codes)[:, self.into_tokens]
 
     def detokenize(self, ids: Int[Tensor, "B M"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
-        """Inverse of `tokenize`; 0 where a channel is absent."""
-        codes = self._rows(ids[:, self.into_codes]).unflatten(1, (self.quantizer.levels, -1)).transpose(1, 2)
+        """Inverse of `tokenize`, also of its first levels; 0 where a channel is absent."""
+        codes = self._rows(ids[:, self.into_tokens[: ids.shape[1]].argsort()])
+        codes = codes.unflatten(1, (1, -1) if self.scales else (-1, self.length)).transpose(1, 2)
         return self.decode(self._join(self.quantizer.lookup(codes)), batch) * batch.present[:, None]
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -208,7 +207,7 @@ class CarpCodec(Codec):
 
 
 class CarpTokenizer(NeuralTokenizer):
-    """10 tokens for each dimension at T = 16, scale by scale, in 4 blocks. Total: any such sequence decodes.
+    """10 tokens for each dimension at T = 16, scale by scale, in 4 blocks. Any such sequence decodes, and its first blocks.
 
     N follows the embodiment's own D; `coords` are (scale, place within the scale, dimension).
     """
@@ -224,23 +223,24 @@ class CarpTokenizer(NeuralTokenizer):
     def _window_layout(self, embodiment: Embodiment) -> TokenLayout:
         codec, kept = self.codec, self._kept(embodiment)
         table = codec.table[kept]
-        layout = TokenLayout.uniform(
-            np.array(codec.quantizer.sizes)[table],
-            np.stack([codec.level, codec.time, codec.part], 1)[kept],
-            table=table,
+        return self._by_level(
+            TokenLayout.uniform(
+                np.array(codec.quantizer.sizes)[table],
+                np.stack([codec.level, codec.time, codec.part], 1)[kept],
+                table=table,
+            )
         )
-        return _scale_by_scale(layout)
 
     def layout_for(self, horizon: int | None = None, embodiment: str | None = None) -> TokenLayout:
         """See ActionTokenizer; one block a scale, over all windows."""
-        return _scale_by_scale(super().layout_for(horizon, embodiment))
+        return self._by_level(super().layout_for(horizon, embodiment))
 
-
-def _scale_by_scale(layout: TokenLayout) -> TokenLayout:
-    """The layout with one block a level."""
-    level = layout.coords[:, 0]
-    return replace(layout, blocks=tuple(tuple(np.flatnonzero(level == k).tolist()) for k in np.unique(level)))
-
-
-def _blocks(width: int, depth: int) -> nn.Sequential:
-    return nn.Sequential(*(ConvBlock(width) for _ in range(depth)))
+    def _by_level(self, layout: TokenLayout) -> TokenLayout:
+        """The layout with one block a level; the first blocks decode where levels are residuals of one another."""
+        ends = np.cumsum(np.bincount(layout.coords[:, 0])).tolist()
+        residual = self.config.quantizer.get("kind") in ("multi_scale", "residual")
+        return replace(
+            layout,
+            blocks=tuple(tuple(range(a, b)) for a, b in pairwise([0, *ends])),
+            prefixes=tuple(ends) if residual and len(ends) > 1 else (),
+        )

@@ -220,8 +220,9 @@ class NeuralTokenizer(TokenizerBase):
         order = self._order(windows, embodiment)[:length]
         by_window = ids[:, np.argsort(order, kind="stable")].reshape(count * windows, length // windows)
         if (kept := self._kept(embodiment)) is not None:
-            whole = np.zeros((len(by_window), len(kept)), np.int64)
-            whole[:, np.flatnonzero(kept)[: by_window.shape[1]]] = by_window
+            places = np.append(np.flatnonzero(kept), len(kept))  # a prefix ends where the next token would stand
+            whole = np.zeros((len(by_window), places[by_window.shape[1]]), np.int64)
+            whole[:, places[: by_window.shape[1]]] = by_window
             by_window = whole
         mask = None if present is None else np.repeat(present, windows, 0)
         device = next(self.codec.parameters()).device
