@@ -10,8 +10,10 @@ from typing import Any
 from actok.core import ConfigError, build_config
 
 PRECISIONS = ("no", "bf16")
+# Training chunks, of all datasets together, that are handed to what is fitted after training.
+FINISH_CHUNKS = 20_000
 
-__all__ = ["TrainConfig", "train_config"]
+__all__ = ["FINISH_CHUNKS", "TrainConfig", "train_config"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from actok.core import CodecBatch, ConfigError, MissingExtraError
 from actok.data.mixtures import MixtureSampler
+from actok.training.checkpoint import Checkpoint
 from actok.training.config import TrainConfig
 from actok.training.health import Health
+from actok.training.run_folder import RunFolder, check_trackers
 from actok.training.sources import Batches, Prefetcher, Source
 from actok.training.stopping import StopSignals, TrainingStopped, explain
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from actok.tokenizers.neural import NeuralTokenizer
-    from actok.training.run_folder import RunFolder
 
 # How long a process waits for the others before it counts as hung.
 RANK_TIMEOUT = timedelta(minutes=10)
@@ -130,7 +131,7 @@ class Trainer:
 
         Raises TrainingError where it cannot go on, TrainingStopped where SIGTERM or Ctrl-C ended it after a whole step.
         """
-        config, started, before = self.config, time.perf_counter(), self.seconds
+        config, started, before, waited = self.config, time.perf_counter(), self.seconds, self.waited
         cuda = self.accelerator.device.type == "cuda"
         with (
             torch.random.fork_rng(devices=[self.accelerator.device] if cuda else []),
@@ -144,7 +145,7 @@ class Trainer:
                 disable=None if self.progress else True,
             ) as bar,
         ):
-            self._window_start = (started, 0.0)
+            self._window_start = (started, waited)
             for step in range(self.done, config.steps):
                 try:
                     self._step(step, feed.get(step))
@@ -153,14 +154,15 @@ class Trainer:
                         raise found from error
                     raise
                 self.done = step + 1
-                self.seconds, self.waited = before + time.perf_counter() - started, feed.waited
+                self.seconds, self.waited = before + time.perf_counter() - started, waited + feed.waited
                 bar.update()
                 stopping = self._agreed(signals.requested)
                 self._after_step(bar, stopping)
                 if stopping:
                     where = f"saved in {self.folder.path}" if self.folder else "nothing kept: it has no run folder"
                     raise TrainingStopped(f"stopped after step {self.done} of {config.steps}, {where}")
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return Trained(tokenizer=self.tokenizer.with_weights(self.best_state or self._state()), summary=self._summary())
 
     def _after_step(self, bar: Any, stopping: bool) -> None:
@@ -209,6 +211,11 @@ class Trainer:
             return False
         flag = torch.tensor([float(requested)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained by gradient."""
+        return sum(p.numel() for p in self.names.values())
 
     # -- log, evaluation ------------------------------------------------------------------------------------------
 
@@ -295,14 +302,57 @@ class Trainer:
     def _save(self) -> None:
         assert self.folder is not None
         if self.accelerator.is_main_process:
-            self.folder.save(self)
+            self.folder.save(self._checkpoint())
         self.accelerator.wait_for_everyone()
+
+    def _checkpoint(self) -> Checkpoint:
+        optimizer = {
+            f"{name}/{key}": value
+            for name, parameter in self.names.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        tensors = {
+            "model": self.codec.state_dict(),
+            "ema": self.ema,
+            "optimizer": optimizer,
+            "best": self.best_state or {},
+        }
+        facts = {
+            "seconds": self.seconds,
+            "waited": self.waited,
+            "best": self.best,
+            "health": self.health.state(),
+        }
+        return Checkpoint(step=self.done, tensors=tensors, facts=facts)
+
+    def resume(self) -> bool:
+        """Go to where the run folder's last checkpoint stands; False where there is none."""
+        self.accelerator.wait_for_everyone()  # the first process may just have cleared the folder of a finished run
+        checkpoint = None if self.folder is None else self.folder.latest()
+        if checkpoint is None:
+            return False
+        self.restore(checkpoint)
+        if self.folder is not None and self.accelerator.is_main_process:
+            self.folder.rewind(self.done)
+        return True
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put the run where a checkpoint of it stands."""
+        tensors, facts, device = checkpoint.tensors, checkpoint.facts, self.accelerator.device
+        self.codec.load_state_dict(tensors["model"])
+        self.ema = {name: tensors["ema"][name].to(device) for name in self.ema}
+        for key, value in tensors["optimizer"].items():
+            name, _, entry = key.rpartition("/")
+            self.optimizer.state[self.names[name]][entry] = value.to(device)
+        self.best, self.best_state = facts["best"], dict(tensors["best"]) or None
+        self.health.restore(facts["health"])
+        self.done, self.seconds, self.waited = checkpoint.step, facts["seconds"], facts["waited"]
 
     def _summary(self) -> dict[str, Any]:
         chunks = self.done * self.config.batch_size
         return {
             "config": asdict(self.config),
-            "parameters": sum(p.numel() for p in self.names.values()),
+            "parameters": self.parameters,
             "steps": self.done,
             "epochs": chunks / sum(self.sampler.sizes),
             "seconds": self.seconds,
@@ -322,6 +372,7 @@ def _accelerator(config: TrainConfig, folder: RunFolder | None) -> Accelerator:
     except ImportError as error:
         raise MissingExtraError("accelerate", "torch", "training") from error
 
+    check_trackers(config.track, folder)
     place = None if folder is None else str(folder.path)
     handlers = [
         InitProcessGroupKwargs(timeout=RANK_TIMEOUT),
@@ -338,6 +389,13 @@ def _accelerator(config: TrainConfig, folder: RunFolder | None) -> Accelerator:
             f"accelerate was started with mixed precision {accelerator.mixed_precision!r}, this run asks for"
             f" {config.precision!r}; leave it out there and set precision here"
         )
+    if accelerator.distributed_type != "NO" and not accelerator.distributed_type.value.startswith("MULTI_"):
+        raise ConfigError(
+            f"accelerate was started for {accelerator.distributed_type}; codecs are small, so every process holds a whole one:"
+            " start with torchrun --nproc_per_node N, without an accelerate config"
+        )
+    if config.track:
+        accelerator.init_trackers("tracks", config=_flat(asdict(config)))
     return accelerator
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from actok.core.arrays import is_torch
 from actok.core.registry import load_target
 from actok.data import Chunks, FrameCache, Mixture, open_dataset, split_dataset
 from actok.signal.sketch import StatisticsAccumulator
-from actok.training.config import train_config
+from actok.training.config import FINISH_CHUNKS, TrainConfig, train_config
 from actok.training.tolerance import Tolerance, search
 
 # Of training, validation and test episodes, here and in the benchmark.
 FRACTIONS = (0.8, 0.1, 0.1)
+# Training chunks of a dataset that are held in memory, unless the caller says how many.
+MAX_CHUNKS = 200_000
 
 __all__ = ["FRACTIONS", "Material", "fit", "fit_parts", "load", "load_material"]
 
@@ -40,6 +43,8 @@ class Material:
 
     Attributes:
         train, validation, test: FitPart of each split, or None where the split is empty.
+        pool: all training chunks, cut when they are asked for; `train` is an even sample where they are too many.
+        rows: indices of the chunks of `pool` that count, None: all.
         anchors: proprioception at the chunk starts of validation and test, or None.
         accumulator: statistics of the training episodes, to be merged with those of other datasets.
         origin: what the data were and how the action space was found, for the artifact's meta.
@@ -48,9 +53,11 @@ class Material:
     train: FitPart
     validation: FitPart | None
     test: FitPart | None
+    pool: Chunks
     anchors: Mapping[str, np.ndarray | None]
     accumulator: StatisticsAccumulator
     origin: Mapping[str, Any]
+    rows: np.ndarray | None = None
 
     def renamed(self, embodiment: str) -> Material:
         """The same chunks under another embodiment's name."""
@@ -85,14 +92,14 @@ def fit_parts(
     """
     preset = find_preset(name)
     target = load_target(preset.target)
-    config = build_config(target.config_class, merge_settings(preset.settings, settings), f"tokenizer {name!r}")
-    if not target.learned:
-        _refuse_training(name, training)
-        fitted: ActionTokenizer = target.fit(parts, config)
-        return fitted
-    from actok.training.learned import train_parts
+    if target.learned:
+        from actok.training.learned import train_parts
 
-    return train_parts(target, config, parts, train_config(preset.training, training, f"{name!r}"))
+        return train_parts(target, *_configs(name, settings, training), parts)
+    _refuse_training(name, training)
+    config = build_config(target.config_class, merge_settings(preset.settings, settings), f"tokenizer {name!r}")
+    tokenizer: ActionTokenizer = target.fit(parts, config)
+    return tokenizer
 
 
 def _refuse_training(name: str, training: Mapping[str, Any] | None) -> None:
@@ -111,7 +118,11 @@ def fit(
     space: str | Path | ActionSpace | None = None,
     rate_hz: float | None = None,
     seed: int = 0,
-    max_chunks: int = 200_000,
+    max_chunks: int | None = None,
+    training: Mapping[str, Any] | None = None,
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
     **settings: Any,
 ) -> ActionTokenizer:
     """Fit a tokenizer on a user's data.
@@ -121,39 +132,54 @@ def fit(
     to fine: the first setting whose error on the validation episodes is within it is taken, and its error on the test
     episodes stands in the artifact's meta.
 
+    A learned preset is trained: by steps of gradient descent on all training chunks, judged on the validation episodes
+    now and then; the weights of the smallest normalised l1 there are kept (the last ones where nothing is held out).
+
     Args:
         name: a preset (`actok.list_tokenizers()`).
         data: float array [B, T, D] of chunks; a folder, file or Hub id; a list of episodes [T, D]; a list of datasets
             (one embodiment each); or a `Mixture`, whose ratios then say how many training chunks each of its datasets
-            gives.
+            gives, or for a learned preset which share of every batch. Without ratios each chunk weighs the same.
         tolerance: e.g. "2 mm, 1 deg" or "0.02 raw, p95", by default at the 99th percentile; see `Tolerance.parse`.
         horizon: T; default one second of control (`ActionSpace.default_horizon`), where all datasets agree on it.
             Ignored for an array of chunks.
         space: action space preset, TOML file or object; needed where the data do not tell.
         rate_hz: resample every dataset to this rate first; None: each at its own.
         seed: of the split and of subsampling.
-        max_chunks: a larger training set is subsampled to this many chunks, evenly over all.
+        max_chunks: a larger training set is subsampled to this many chunks of each dataset, evenly over all. Default:
+            200,000, and all of them for a learned preset, which cuts chunks when it needs them.
+        training: of a learned preset: fields of `actok.training.TrainConfig`, over the preset's.
+        run: of a learned preset: folder for its log and checkpoints; None: nothing but the result is kept.
+        resume: go on where the run in that folder stands, with the same data and settings.
+        progress: of a learned preset: tell on stderr how it goes.
         **settings: override the preset's settings.
 
     Raises:
         ConfigError: unknown preset or setting. DataError: nothing to fit on, bad values. SpaceMismatchError: D differs
         from the space. ToleranceError: no setting of the sweep meets the tolerance (the message says how near).
+        TrainingError: training broke down (a loss that is not finite, memory, another process). TrainingStopped, a
+        KeyboardInterrupt: SIGTERM or Ctrl-C; the step is finished and, with a run folder, saved.
     """
-    find_preset(name)
-    if max_chunks < 1:
+    target = load_target(find_preset(name).target)
+    trained = target.learned and tolerance is None  # else fitted on chunks in memory, possibly many times
+    _check_options(name, target.learned, tolerance, training, run, resume)
+    if max_chunks is not None and max_chunks < 1:
         raise ConfigError(f"max_chunks is {max_chunks}; give at least 1")
+    if target.learned:
+        _configs(name, settings, training)  # refuses what cannot be used before any data are read
     ratios = None
     if isinstance(data, Mixture):
         ratios, data = data.ratios, data.open()
     # A list of arrays [T, D] is one dataset, its episodes; a list of anything else holds one dataset an entry.
     several = isinstance(data, (list, tuple)) and data and not (_is_array(data[0]) and data[0].ndim == 2)
     sources = data if several else [data]
+    limit = max_chunks or MAX_CHUNKS
     options: dict[str, Any] = {
         "horizon": horizon,
         "space": space,
         "rate_hz": rate_hz,
         "seed": seed,
-        "max_chunks": max_chunks,
+        "max_chunks": min(limit, max(1, FINISH_CHUNKS // len(sources))) if trained else limit,
     }
     materials = [
         load_material(source, hold_out=tolerance is not None or not _is_array(source), **options) for source in sources
@@ -162,20 +188,76 @@ def fit(
     if len(set(horizons.values())) > 1:
         found = ", ".join(f"{steps} ({dataset})" for dataset, steps in horizons.items())
         raise ConfigError(f"the datasets' horizons differ: {found}; name one for all with horizon (--horizon)")
-    if ratios is not None:
-        materials = _in_ratio(materials, ratios, max_chunks)
+    if trained:
+        materials = _to_draw_from(materials, ratios, max_chunks)
+    elif ratios is not None:
+        materials = _in_ratio(materials, ratios, limit)
     materials = _one_normaliser_each(_one_name_one_space(materials))
-    parts = [m.train for m in materials]
-    meta: dict[str, Any] = {
-        "preset": name,
-        "data": [dict(m.origin) for m in materials],
-    }
-    if tolerance is None:
-        tokenizer = fit_parts(name, parts, **settings)
+    meta: dict[str, Any] = {"preset": name, "data": [dict(m.origin) for m in materials]}
+    if trained:
+        from actok.training.learned import train_materials
+
+        tokenizer = train_materials(
+            name,
+            target,
+            *_configs(name, settings, training),
+            materials,
+            ratios="size" if ratios is None else ratios,
+            run=run,
+            resume=resume,
+            progress=progress,
+        )
+    elif tolerance is None:
+        tokenizer = fit_parts(name, [m.train for m in materials], **settings)
     else:
         bound = Tolerance.parse(tolerance)
-        tokenizer, meta["tolerance"] = search(name, materials, bound, settings, fit_parts)
+        fit_each = partial(fit_parts, training=training)
+        tokenizer, meta["tolerance"] = search(name, materials, bound, settings, fit_each)
     return tokenizer.with_meta(meta)
+
+
+def _configs(name: str, settings: Mapping[str, Any], training: Mapping[str, Any] | None) -> tuple[Any, TrainConfig]:
+    """The config of a learned preset's class and of its training."""
+    preset = find_preset(name)
+    config_class = load_target(preset.target).config_class
+    config = build_config(config_class, merge_settings(preset.settings, settings), f"tokenizer {name!r}")
+    return config, train_config(preset.training, training, repr(name))
+
+
+def _check_options(
+    name: str, learned: bool, tolerance: Any, training: Mapping[str, Any] | None, run: Any, resume: bool
+) -> None:
+    """Refuse options of `fit` that mean nothing together."""
+    if not learned:
+        _refuse_training(name, training)
+        if run is not None or resume:
+            raise ConfigError(f"{name} is fitted in closed form and has no run to keep or resume; leave it out")
+    elif tolerance is not None:
+        if not find_preset(name).sweep:
+            raise ConfigError(
+                f"{name} is trained and has no sweep of settings to search for a tolerance; train it and look at its errors"
+                " with actok bench, or take a closed-form tokenizer"
+            )
+        if run is not None or resume:
+            raise ConfigError(f"the search for a tolerance trains {name} several times and keeps no run; leave run out")
+    elif resume and run is None:
+        raise ConfigError("resume is asked for without a run folder; name it (run=, --run)")
+
+
+def _to_draw_from(
+    materials: Sequence[Material], ratios: Sequence[float] | None, max_chunks: int | None
+) -> list[Material]:
+    """Materials with the chunks that training draws from: all, or `max_chunks` of each, evenly spread."""
+    found = []
+    for i, material in enumerate(materials):
+        size, rows = len(material.pool), None
+        if max_chunks is not None and size > max_chunks:
+            rows = np.linspace(0, size - 1, max_chunks).round().astype(np.int64)
+        origin = {**material.origin, "train_chunks": size if rows is None else len(rows)}
+        if ratios is not None:
+            origin["ratio"] = ratios[i]
+        found.append(replace(material, rows=rows, origin=origin))
+    return found
 
 
 def _in_ratio(materials: Sequence[Material], ratios: Sequence[float], max_chunks: int) -> list[Material]:
@@ -228,7 +310,7 @@ def load_material(
     space: str | Path | ActionSpace | None = None,
     rate_hz: float | None = None,
     seed: int = 0,
-    max_chunks: int = 200_000,
+    max_chunks: int = MAX_CHUNKS,
     hold_out: bool = True,
 ) -> Material:
     """Open a source, split it by episode (`hold_out` False: all of it is training data) and cut chunks.
@@ -248,11 +330,13 @@ def load_material(
     statistics = accumulator.result()
     anchors: dict[str, np.ndarray | None] = {}
 
+    train_pool = Chunks(cache, steps, split.train, stride=stride)
+
     def part(which: str) -> FitPart | None:
         episodes = getattr(split, which)
         if not len(episodes):
             return None
-        pool = Chunks(cache, steps, episodes, stride=stride)
+        pool = train_pool if which == "train" else Chunks(cache, steps, episodes, stride=stride)
         wanted = np.arange(len(pool))
         if len(wanted) > max_chunks:
             wanted = np.linspace(0, len(pool) - 1, max_chunks).round().astype(np.int64)
@@ -267,6 +351,7 @@ def load_material(
         train=train,
         validation=part("validation"),
         test=part("test"),
+        pool=train_pool,
         anchors=anchors,
         accumulator=accumulator,
         origin={
