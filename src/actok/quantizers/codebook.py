@@ -138,6 +138,12 @@ class Codebook(nn.Module):
         """The vectors that codes stand for: on the unit sphere for the cosine distance."""
         return F.normalize(self.vectors, dim=1) if self.config.distance == "cosine" else self.vectors
 
+    def lookup(self, codes: Int[Tensor, "*any"]) -> Float[Tensor, "*any C"]:
+        """The vectors of codes. Looked up first and normalised then, so that autograd holds on to no codebook: `update`
+        may change it before the backward pass."""
+        vectors = F.embedding(codes, self.vectors)
+        return F.normalize(vectors, dim=-1) if self.config.distance == "cosine" else vectors
+
     def search(self, z: Float[Tensor, "N C"]) -> Int[Tensor, "N"]:
         """The nearest code of each row."""
         return nearest(z, self.table(), self.config.distance)

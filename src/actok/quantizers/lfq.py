@@ -115,7 +115,9 @@ class LookupFreeQuantizer(Quantizer):
         half = self.config.bits // 2
         low, high = (self._soft(sure[:, part], unsure[:, part]) for part in (slice(half), slice(half, None)))
         mean = (low * weight[:, None]).T @ high / weight.sum().clamp(min=1.0)
-        return single - self.config.diversity * torch.special.entr(mean).sum()
+        # The clamp keeps the gradient finite where a code has no share at all: p log p is flat only in value.
+        spread = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+        return single - self.config.diversity * spread
 
     @staticmethod
     def _soft(sure: Float[Tensor, "N b"], unsure: Float[Tensor, "N b"]) -> Float[Tensor, "N half"]:

@@ -92,7 +92,7 @@ class MultiScaleQuantizer(Quantizer):
             for scale in range(len(self.config.scales)):
                 pooled, rows = self._pool(residual, mask, scale)
                 code = self.codebook.search(pooled.detach().flatten(0, 1)).view(pooled.shape[:2])
-                vector = F.embedding(code, self.codebook.table())
+                vector = self.codebook.lookup(code)
                 searched.append(pooled.detach())
                 wide = self._widen(vector, scale)
                 value, residual = value + wide, residual - wide.detach()
@@ -129,7 +129,7 @@ class MultiScaleQuantizer(Quantizer):
             for scale in range(len(self.config.scales)):
                 pooled, _ = self._pool(residual, mask, scale)
                 code = self.codebook.search(pooled.flatten(0, 1)).view(pooled.shape[:2])
-                residual = residual - self._widen(F.embedding(code, self.codebook.table()), scale)
+                residual = residual - self._widen(self.codebook.lookup(code), scale)
                 codes.append(code)
             return torch.cat(codes, dim=1)[..., None]
 
@@ -141,7 +141,7 @@ class MultiScaleQuantizer(Quantizer):
             scales = self.config.scales[: self.prefixes.index(codes.shape[1]) + 1]
             value = torch.zeros((), device=codes.device)
             for scale, code in enumerate(codes[..., 0].split(scales, dim=1)):
-                value = value + self._widen(F.embedding(code, self.codebook.table()), scale)
+                value = value + self._widen(self.codebook.lookup(code), scale)
             return self.project_out(value)
 
     def _enter(self, z: Tensor) -> Tensor:

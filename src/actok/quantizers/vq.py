@@ -112,7 +112,7 @@ class VectorQuantizer(Quantizer):
                 rows = keep if real is None else real if keep is None else real & keep
                 codebook.start(residual, rows)
                 code = codebook.search(residual.detach())
-                vector = F.embedding(code, codebook.table())
+                vector = codebook.lookup(code)
                 errors.append(self._errors(residual, vector, rows))
                 searched.append((residual.detach(), code, rows))
                 level_vector = straight_through(residual, vector)
@@ -142,7 +142,7 @@ class VectorQuantizer(Quantizer):
                 code = self.codebook(level).search(residual)
                 codes.append(code)
                 if level + 1 < self.levels:
-                    residual = residual - F.embedding(code, self.codebook(level).table())
+                    residual = residual - self.codebook(level).lookup(code)
             return torch.stack(codes, dim=-1).view(*z.shape[:2], self.levels)
 
     def lookup(self, codes: Int[Tensor, "B S q"]) -> Float[Tensor, "B S C"]:
@@ -150,7 +150,7 @@ class VectorQuantizer(Quantizer):
         with full_precision(codes):
             value = torch.zeros((), device=codes.device)
             for level in range(codes.shape[-1]):
-                value = value + F.embedding(codes[..., level], self.codebook(level).table())
+                value = value + self.codebook(level).lookup(codes[..., level])
             return self.project_out(value)
 
     def _enter(self, z: Tensor) -> Tensor:
