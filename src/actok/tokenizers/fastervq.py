@@ -9,8 +9,8 @@ figure 3b says otherwise). Every sequence decodes.
 
 What the paper leaves open, and what is done here:
 
-* C_a is neither the number of physical groups nor of dimensions (six on WidowX, yet C_a = 7), so latents are made by
-  learned queries that attend to all patches, and patches by learned queries that attend to all latents.
+* C_a is neither the number of physical groups nor of dimensions (six on WidowX, yet C_a = 7), so the encoder resamples its
+  m x n patches to C_h x C_a latents by a learned linear map, and the decoder back (`Resample`).
 * A patch knows its time, and of its group the kind (position, rotation, gripper, ...), the mode (absolute, delta, ...) and
   which of that kind it is, through learned embeddings. One codec thereby serves any number of groups; absent ones are
   masked. A group wider than `group_width` (a hand) is cut into several patches.
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from actok.core import ActionSpace, CodecBatch, ConfigError
 from actok.core.spaces import Kind, Mode
 from actok.nn.convolution import ConvBlock
-from actok.nn.transformer import Attention, Block, FeedForward
+from actok.nn.transformer import Block, FeedForward
 from actok.quantizers import make_quantizer
 from actok.signal.normalise import NormaliserKind
 from actok.tokenizers.codec import Codec, CodecShape, dct_matrix, masked_mean, weights
@@ -136,20 +136,29 @@ def mixers(config: FasterVqConfig) -> nn.ModuleList:
 
 
 class Resample(nn.Module):
-    """Queries read a set of vectors: cross-attention and feed-forward, residual."""
+    """Learned linear resampling between a set of patches and a set of slots, head by head.
+
+    Slot s of head e is the sum over patches p of <key of s, key of p> times a projection of p; there is no softmax, so that
+    at random initialisation nothing is averaged away. The key of a patch is the product of those of its time and its group.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.query_norm, self.context_norm, self.feed_norm = (nn.RMSNorm(width) for _ in range(3))
-        self.attention = Attention(width, heads, context_width=width)
+        self.heads = heads
+        self.norm, self.feed_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.value, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.feed = FeedForward(width)
 
     def forward(
-        self, queries: Float[Tensor, "B L W"], context: Float[Tensor, "B M W"], seen: Bool[Tensor, "..."] | None = None
+        self, x: Float[Tensor, "B M W"], to: Float[Tensor, "*b L W"], of: Float[Tensor, "*c M W"]
     ) -> Float[Tensor, "B L W"]:
-        """`seen`: bool [B, 1, 1, M], which of the context is there; None: all."""
-        x = queries + self.attention(self.query_norm(queries), self.context_norm(context), seen)
-        return x + self.feed(self.feed_norm(x))
+        """`to`, `of`: keys of what is wanted and of what is given, 0 where absent."""
+        to, of = (k.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for k in (to, of))
+        there = of.any(-1).sum(-1).clamp(min=1)[..., None, None]  # how many are summed
+        mixing = to @ of.transpose(-1, -2) * (to.shape[-1] * there) ** -0.5
+        values = self.value(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        y = self.out((mixing @ values).transpose(1, 2).flatten(2))
+        return y + self.feed(self.feed_norm(y))
 
 
 class FasterVq(Codec):
@@ -180,8 +189,12 @@ class FasterVq(Codec):
         self.which = nn.Embedding(SAME_KIND, 2 * width)
         for table in (self.kind, self.which):
             nn.init.normal_(table.weight, std=0.02)
-        self.queries = nn.Parameter(0.02 * torch.randn(slots, width))
-        self.slots = nn.Parameter(0.02 * torch.randn(slots, width))
+        self.slots = nn.Parameter(0.02 * torch.randn(2, slots, width))
+        # Keys of resampling.
+        self.slot_key = nn.Parameter(torch.randn(2, slots, width))
+        self.time_key = nn.Parameter(torch.randn(2, self.steps, 1, width))
+        self.kind_key = nn.Embedding(1 + len(KINDS) * len(MODES), 2 * width)
+        self.which_key = nn.Embedding(SAME_KIND, 2 * width)
         self.quantizer = make_quantizer(config.quantizer, config.latent_dim)
         self.register_buffer("dct", dct_matrix(shape.horizon), persistent=False)
 
@@ -241,6 +254,13 @@ class FasterVq(Codec):
         what = (self.kind(s["kind"]) + self.which(s["which"])).chunk(2, -1)[side]
         return self.time[side] + what[:, None]
 
+    def keys(self, batch: CodecBatch, side: int) -> Float[Tensor, "B L W"]:
+        """Key of each patch for resampling, 0 where it is absent."""
+        s = batch.structure
+        what = (self.kind_key(s["kind"]) * self.which_key(s["which"])).chunk(2, -1)[side]
+        what = what * (s["kind"] > 0)[:, :, None]
+        return (self.time_key[side] * what[:, None]).flatten(1, 2)
+
     def seen(self, batch: CodecBatch) -> Bool[Tensor, "B 1 1 L"]:
         """Which patches are there."""
         return (batch.structure["kind"] > 0).repeat(1, self.steps)[:, None, None]
@@ -253,18 +273,18 @@ class FasterVq(Codec):
         x = self.patch_in(self.patchify(batch)) + self.describe(batch, 0)
         for block in self.encoder:
             x = block(x, seen)
-        z = self.pool(self.queries.expand(len(x), -1, -1), x.flatten(1, 2), seen)
+        z = self.pool(x.flatten(1, 2), self.slot_key[0], self.keys(batch, 0)) + self.slots[0]
         for block in self.latent_encoder:
             z = block(z)
         return self.to_latent(z)
 
     def decode(self, latents: Float[Tensor, "B S C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
         """See Codec.decode."""
-        z = self.from_latent(latents) + self.slots
+        z = self.from_latent(latents) + self.slots[1]
         for block in self.latent_decoder:
             z = block(z)
-        queries = self.describe(batch, 1)
-        x = self.unpool(queries.flatten(1, 2), z).unflatten(1, queries.shape[1:3])
+        what = self.describe(batch, 1)
+        x = self.unpool(z, self.keys(batch, 1), self.slot_key[1]).unflatten(1, what.shape[1:3]) + what
         seen = self.seen(batch)
         for block in self.decoder:
             x = block(x, seen)

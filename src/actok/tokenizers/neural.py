@@ -305,15 +305,21 @@ class NeuralTokenizer(TokenizerBase):
 
 
 def join(batches: Sequence[CodecBatch]) -> CodecBatch:
-    """One batch of several, e.g. of different embodiments."""
+    """One batch of several, e.g. of different embodiments, whose tables are filled up with zeros to the longest."""
     if len(batches) == 1:
         return batches[0]
+    tables: dict[str, torch.Tensor] = {}
+    for key in batches[0].structure:
+        parts = [b.structure[key] for b in batches]
+        longest = max(p.shape[1] for p in parts)
+        fill = [0, 0] * (parts[0].ndim - 2)
+        tables[key] = torch.cat([torch.nn.functional.pad(p, (*fill, 0, longest - p.shape[1])) for p in parts])
     return CodecBatch(
         **{
             name: torch.cat([getattr(b, name) for b in batches])
             for name in ("actions", "present", "real", "embodiment")
         },
-        structure={key: torch.cat([b.structure[key] for b in batches]) for key in batches[0].structure},
+        structure=tables,
     )
 
 
