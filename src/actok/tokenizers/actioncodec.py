@@ -17,6 +17,7 @@ Deviations and our choices, where nothing is stated:
   once, with quantiser dropout, and stand after all tokens of the first level.
 * The paper's objectives of temporal and language alignment are no part of the codec; the loss is l1.
 * All embodiments share one input and one output layer over the zero-padded union of their channels.
+* Queries and keys are normalised, and every token has linear layers of its own on either side of the quantiser.
 * Fourier features: `width` / 2 frequencies from 1/20 to 32 Hz in geometric steps; an action space that states no control
   rate counts as having `rate_hz`. Prompts: `prompts` vectors, "none" with probability `prompt_dropout`.
 """
@@ -40,6 +41,7 @@ from actok.tokenizers.neural import NeuralTokenizer
 import torch  # isort: skip
 from torch import Tensor, nn  # isort: skip
 
+from actok.nn.slots import SlotLinear
 from actok.nn.transformer import Attention, FeedForward
 from actok.quantizers import make_quantizer
 from actok.quantizers.base import check_count, check_range
@@ -99,7 +101,9 @@ class Reader(nn.Module):
         super().__init__()
         self.context_norm = nn.RMSNorm(width)
         self.query_norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(depth))
-        self.attentions = nn.ModuleList(Attention(width, heads, context_width=width) for _ in range(depth))
+        self.attentions = nn.ModuleList(
+            Attention(width, heads, context_width=width, qk_norm=True) for _ in range(depth)
+        )
         self.feed_norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(depth))
         self.feeds = nn.ModuleList(FeedForward(width) for _ in range(depth))
         self.norm = nn.RMSNorm(width)
@@ -125,11 +129,13 @@ class ActionCodec(Codec):
         width = config.width
         self.quantizer = make_quantizer(config.quantizer, config.latent_dim)
         self.action_in = nn.Linear(shape.channels, width)
+        nn.init.normal_(
+            self.action_in.weight
+        )  # as large as the Fourier features, which would drown the actions otherwise
         self.queries = nn.Parameter(0.02 * torch.randn(config.tokens, width))
         self.encoder = Reader(config.depth, width, config.heads)
-        self.to_latent = nn.Linear(width, config.latent_dim)
-        self.from_latent = nn.Linear(config.latent_dim, width)
-        self.places = nn.Parameter(0.02 * torch.randn(config.tokens, width))
+        self.to_latent = SlotLinear(config.tokens, width, config.latent_dim)
+        self.from_latent = SlotLinear(config.tokens, config.latent_dim, width)
         self.decoder = Reader(config.depth, width, config.heads)
         self.action_out = nn.Linear(width, shape.channels)
         # Embodiment 0 is none. One half of a row is for the encoder, the other for the decoder.
@@ -161,8 +167,8 @@ class ActionCodec(Codec):
     def decode(self, latents: Float[Tensor, "B S C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
         """See Codec.decode."""
         _, prompts = self._prompts(batch)
-        read = self.from_latent(latents) + self.places
-        return self.action_out(self.decoder(self._time(batch), torch.cat([prompts, read], 1)))
+        context = torch.cat([prompts, self.from_latent(latents)], 1)
+        return self.action_out(self.decoder(self._time(batch), context))
 
     def _prompts(self, batch: CodecBatch) -> tuple[Float[Tensor, "B P W"], Float[Tensor, "B P W"]]:
         """The embodiments' prompts for encoder and decoder."""

@@ -14,8 +14,9 @@ From the papers: width 256, heads of 64, encoder depth 2, decoder depth 4, 8 reg
 query-key norm, SwiGLU, sinusoidal queries, mean squared error; the block sizes 1, 1, 2, 4, 8 of 16 registers.
 
 Our choices, where nothing is stated: all prefixes are equally likely; latents have `latent_dim` channels and the quantiser
-projects them; the steps enter with the sinusoids that query the decoder; registers are marked by learned vectors on
-either side. Several quantiser levels, which the papers do not have, stand next to each other in a register's place.
+projects them; steps enter with the sinusoids that query the decoder; every register has linear layers of its own on either
+side of the quantiser. Several quantiser levels, which the papers do not have, stand next to each other in a register's
+place. Embodiments share all layers, over the zero-padded union of their channels.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from actok.tokenizers.neural import NeuralTokenizer
 import torch  # isort: skip
 from torch import Tensor, nn  # isort: skip
 
+from actok.nn.slots import SlotLinear
 from actok.nn.transformer import Stack, block_causal_mask, sinusoids
 from actok.quantizers import make_quantizer
 from actok.quantizers.base import check_count
@@ -122,12 +124,12 @@ class Oat(Codec):
                 " use one that gives each register codes of its own, such as 'fsq'"
             )
         self.action_in = nn.Linear(shape.channels, width)
+        nn.init.normal_(self.action_in.weight)  # as large as the sinusoids, which would drown the actions otherwise
         self.registers = nn.Parameter(0.02 * torch.randn(slots, width))
         self.encoder = Stack(config.encoder_depth, width, config.heads, qk_norm=True)
-        self.to_latent = nn.Linear(width, config.latent_dim)
-        self.from_latent = nn.Linear(config.latent_dim, width)
+        self.to_latent = SlotLinear(slots, width, config.latent_dim)
+        self.from_latent = SlotLinear(slots, config.latent_dim, width)
         self.mask = nn.Parameter(0.02 * torch.randn(width))
-        self.places = nn.Parameter(0.02 * torch.randn(slots, width))
         self.decoder = Stack(config.decoder_depth, width, config.heads, context_width=width, qk_norm=True)
         self.action_out = nn.Linear(width, shape.channels)
         # Constants of config and shape: not part of the weights.
@@ -155,9 +157,8 @@ class Oat(Codec):
         if self.training:
             kept = self.kept[torch.randint(len(self.kept), (count, 1), device=x.device)]
             x = torch.where((torch.arange(given, device=x.device) < kept)[:, :, None], x, self.mask.to(x.dtype))
-        x = torch.cat([x, self.mask.to(x.dtype).expand(count, len(self.places) - given, -1)], 1)
-        queries = self.time.expand(count, -1, -1)
-        return self.action_out(self.decoder(queries, x + self.places))
+        x = torch.cat([x, self.mask.to(x.dtype).expand(count, self.config.registers - given, -1)], 1)
+        return self.action_out(self.decoder(self.time.expand(count, -1, -1), x))
 
     def reconstruction_losses(self, batch: CodecBatch, reconstruction: Float[Tensor, "B T D"]) -> dict[str, Tensor]:
         """Mean squared error over real steps and present channels."""
