@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,16 @@ from typing import Any
 OPTIONS = {
     "name": "NAME",
     "data": "--data",
-    **{k: f"--{k}" for k in ("tolerance", "horizon", "space", "seed")},
+    **{k: f"--{k}" for k in ("tolerance", "horizon", "space", "seed", "run", "resume")},
     "rate_hz": "--rate",
+    "training": "--train",
 }
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fit on the training episodes, save, and say what was made."""
+    """Fit or train on the training episodes, save, and say what was made."""
     from actok.core import ConfigError, parse_assignments
     from actok.data import list_mixtures, load_mixture
     from actok.training import fit
@@ -29,16 +33,55 @@ def run(args: argparse.Namespace) -> int:
     data: Any = list(args.data)
     if len(data) == 1 and (data[0].endswith(".toml") or (data[0] in list_mixtures() and not Path(data[0]).exists())):
         data = load_mixture(data[0])
-    tokenizer = fit(
-        args.name,
-        data,
-        tolerance=args.tolerance,
-        horizon=args.horizon,
-        space=args.space,
-        rate_hz=args.rate,
-        seed=args.seed,
-        **settings,
-    )
+    try:
+        tokenizer = fit(
+            args.name,
+            data,
+            tolerance=args.tolerance,
+            horizon=args.horizon,
+            space=args.space,
+            rate_hz=args.rate,
+            seed=args.seed,
+            **_training_options(args),
+            **settings,
+        )
+    except KeyboardInterrupt as stopped:
+        if str(stopped) and _first_process():
+            remedy = "; the same command with --resume goes on" if "saved in" in str(stopped) else ""
+            print(f"actok: interrupted: {stopped}{remedy}", file=sys.stderr)
+            return 130
+        raise
+    if _first_process():
+        _tell(args, tokenizer)
+    _leave_processes()
+    return 0
+
+
+def _training_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `fit` takes of learned tokenizers: nothing is passed on where nothing was given for a closed-form one."""
+    from actok.core import ConfigError, find_preset, parse_assignments
+    from actok.core.registry import load_target
+
+    training = parse_assignments(args.train)
+    for key, option, value in (
+        ("steps", "--steps", args.steps),
+        ("batch_size", "--batch-size", args.batch_size),
+        ("learning_rate", "--lr", args.lr),
+        ("track", "--track", tuple(args.track) or None),
+    ):
+        if value is not None:
+            if key in training:
+                raise ConfigError(f"{key} is given twice, by {option} and by --train; give it once")
+            training[key] = value
+    learned = load_target(find_preset(args.name).target).learned and args.tolerance is None
+    folder = args.run
+    if folder is None and learned:
+        folder = f"{args.out.rstrip(os.sep)}-run"
+    return {"training": training, "run": folder, "resume": args.resume}
+
+
+def _tell(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Save, and say what was made."""
     folder = tokenizer.save_pretrained(args.out)
     for facts in tokenizer.meta["data"]:
         print(
@@ -47,7 +90,37 @@ def run(args: argparse.Namespace) -> int:
         )
     if report := tokenizer.meta.get("tolerance"):
         print(report["summary"])
+    elif summary := tokenizer.meta.get("training"):
+        print(_training_text(summary))
     print(
         f"{args.name} saved in {folder} (hash {tokenizer.weights_hash[:12]}); look at it with: actok inspect {args.out}"
     )
-    return 0
+    if "training" in tokenizer.meta:
+        print(f"judge it on the test episodes with: actok bench --data ... --tokenizers {args.out} --out DIR")
+
+
+def _training_text(summary: Mapping[str, Any]) -> str:
+    text = (
+        f"trained {summary['steps']} steps ({summary['epochs']:.1f} epochs) in {summary['seconds']:.0f} s on"
+        f" {summary['device']}: {summary['chunks_per_s']:.0f} chunks/s, {summary['waiting']:.0%} of the time waiting for data"
+    )
+    found = summary["validation"]
+    if found is None:
+        return f"{text}; nothing was held out, so the last weights are kept"
+    rates = ", ".join(f"{rate:.1%} of steps within {tolerance}" for tolerance, rate in found["vrr"].items())
+    used = " ".join(f"{share:.0%}" for share in found["codes_used"])
+    return (
+        f"{text}\nvalidation episodes: l1 {found['l1']:.4f} in normalised units, {rates}; codes used {used} (weights of step"
+        f" {found['step']}, the best)"
+    )
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _leave_processes() -> None:
+    """Leave the group of a run in several processes in order, so that none of them complains."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -42,11 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
     _seed(v, "of the start states")
 
-    v = verb("fit", "fit a tokenizer on a dataset's training episodes", "fit")
+    v = verb("fit", "fit or train a tokenizer on a dataset's training episodes", "fit")
     v.add_argument("name", metavar="NAME", help="a tokenizer of `actok list`")
     _data(v, many=True, more=", or one mixture (name or TOML)")
     v.add_argument("--out", required=True, metavar="DIR", help="folder to save the tokenizer in")
     _settings(v)
+    _training(v)
     _rate(v)
     v.add_argument("--tolerance", metavar="TEXT", help='search the coarsest setting within e.g. "2 mm, 1 deg" (p99)')
     v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: one second)")
@@ -120,6 +121,23 @@ def _rate(v: argparse.ArgumentParser) -> None:
 
 def _settings(v: argparse.ArgumentParser) -> None:
     v.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
+
+
+def _training(v: argparse.ArgumentParser) -> None:
+    group = v.add_argument_group(
+        "learned tokenizers", "Started by `torchrun --nproc_per_node N -m actok fit ...` they train in N processes."
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="training steps (default: the preset's)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="chunks of a step, of all processes together")
+    group.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
+    group.add_argument(
+        "--train", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override training settings"
+    )
+    group.add_argument("--run", metavar="DIR", help="folder of log and checkpoints (default: that of --out, with -run)")
+    group.add_argument("--resume", action="store_true", help="go on where the run in that folder stands")
+    group.add_argument(
+        "--track", metavar="NAME", nargs="+", default=[], help="log to these trackers too, e.g. tensorboard"
+    )
 
 
 def _tokenizers(v: argparse.ArgumentParser) -> None:

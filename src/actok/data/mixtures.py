@@ -207,7 +207,7 @@ class MixtureSampler:
     ) -> None:
         self.sizes = tuple(len(s) if isinstance(s, Chunks) else int(s) for s in sizes)
         by_size = ratios == "size"
-        ratios = [1.0] * len(self.sizes) if ratios is None or by_size else list(ratios)
+        ratios = [1.0] * len(self.sizes) if ratios is None or isinstance(ratios, str) else list(ratios)
         if not self.sizes or min(self.sizes) < 1 or len(ratios) != len(self.sizes):
             raise ConfigError(
                 f"datasets of {list(self.sizes)} chunks with ratios {ratios} cannot be mixed; give at least one, none"

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from actok.core import CodecBatch, ConfigError, MissingExtraError
 from actok.data.mixtures import MixtureSampler
 from actok.training.checkpoint import Checkpoint
 from actok.training.config import TrainConfig
 from actok.training.health import Health
+from actok.training.report import Report, flat
 from actok.training.run_folder import RunFolder, check_trackers
 from actok.training.sources import Batches, Prefetcher, Source
 from actok.training.stopping import StopSignals, TrainingStopped, explain
@@ -97,7 +97,6 @@ class Trainer:
     ) -> None:
         self.tokenizer, self.config, self.judge, self.folder = tokenizer, config, judge, folder
         self.accelerator = _accelerator(config, folder)
-        self.progress = progress and self.accelerator.is_main_process
         self.sampler = MixtureSampler(
             [s.size for s in sources], ratios=ratios, batch_size=config.batch_size, seed=config.seed
         )
@@ -116,13 +115,19 @@ class Trainer:
         if config.weight_ema:
             self.ema = {name: p.detach().clone() for name, p in self.names.items()}
         self.health = Health(self.codec.quantizer.sizes, config.warmup)
+        self.report = Report(
+            self.accelerator,
+            config,
+            folder,
+            self.health,
+            name=f"training {tokenizer.kind}",
+            progress=progress and self.accelerator.is_main_process,
+        )
         self.done = 0
         self.seconds = 0.0
         self.waited = 0.0
         self.best: dict[str, Any] | None = None
         self.best_state: dict[str, Tensor] | None = None
-        self._window: list[tuple[dict[str, Tensor], Tensor | None]] = []
-        self._window_start = (0.0, 0.0)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -137,15 +142,8 @@ class Trainer:
             torch.random.fork_rng(devices=[self.accelerator.device] if cuda else []),
             StopSignals() as signals,
             Prefetcher(self.batches.at, self.done, config.steps, _pinned if cuda else None) as feed,
-            tqdm(
-                total=config.steps,
-                initial=self.done,
-                desc=f"training {self.tokenizer.kind}",
-                unit="step",
-                disable=None if self.progress else True,
-            ) as bar,
+            self.report.open(self.done),
         ):
-            self._window_start = (started, waited)
             for step in range(self.done, config.steps):
                 try:
                     self._step(step, feed.get(step))
@@ -155,17 +153,16 @@ class Trainer:
                     raise
                 self.done = step + 1
                 self.seconds, self.waited = before + time.perf_counter() - started, waited + feed.waited
-                bar.update()
                 stopping = self._agreed(signals.requested)
-                self._after_step(bar, stopping)
-                if stopping:
-                    where = f"saved in {self.folder.path}" if self.folder else "nothing kept: it has no run folder"
+                self._after_step(stopping, feed.waited)
+                if stopping and self.done < config.steps:
+                    where = (
+                        f"saved in {self.folder.path}" if self.folder else "nothing kept, since it has no run folder"
+                    )
                     raise TrainingStopped(f"stopped after step {self.done} of {config.steps}, {where}")
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
         return Trained(tokenizer=self.tokenizer.with_weights(self.best_state or self._state()), summary=self._summary())
 
-    def _after_step(self, bar: Any, stopping: bool) -> None:
+    def _after_step(self, stopping: bool, waited: float) -> None:
         """What is due after the step just done: log, evaluation, checkpoint, in this order."""
         config = self.config
         last = self.done == config.steps
@@ -174,9 +171,9 @@ class Trainer:
             last or stopping or (config.checkpoint_every > 0 and self.done % config.checkpoint_every == 0)
         )
         if last or stopping or judging or saving or self.done % config.log_every == 0:
-            self._log(bar)
+            self.report.read(self.done, waited)
         if judging:
-            self._judge(bar)
+            self._judge()
         if saving:
             self._save()
 
@@ -198,10 +195,7 @@ class Trainer:
             torch._foreach_lerp_(
                 list(self.ema.values()), [p.detach() for p in self.names.values()], 1 - self.config.weight_ema
             )
-        losses = {name: value.detach() for name, value in output.losses.items()}
-        self._window.append((losses, norm))
-        self._usage = output.usage
-        self._drawn = output.codes.shape[0] * output.codes.shape[1]
+        self.report.step(output, norm)
 
     def _agreed(self, requested: bool) -> bool:
         """Whether to stop now: what this process wants, or any of several, which then all stop after the same step."""
@@ -217,44 +211,9 @@ class Trainer:
         """How many numbers are trained by gradient."""
         return sum(p.numel() for p in self.names.values())
 
-    # -- log, evaluation ------------------------------------------------------------------------------------------
+    # -- evaluation -----------------------------------------------------------------------------------------------
 
-    def _log(self, bar: Any) -> None:
-        """Read the losses of the window since the last log, look after them, and write a line."""
-        if not self._window:
-            return
-        values = torch.stack([v.float() for losses, _ in self._window for v in losses.values()]).tolist()
-        window, at = [], 0
-        for losses, _ in self._window:
-            window.append(dict(zip(losses, values[at : at + len(losses)], strict=True)))
-            at += len(losses)
-        first = self.done - len(window) + 1
-        self.health.losses(first, window)
-        names = list(dict.fromkeys(name for losses in window for name in losses))
-        mean = {name: sum(losses.get(name, 0.0) for losses in window) / len(window) for name in names}
-        now, waited = time.perf_counter(), self.waited
-        elapsed = max(now - self._window_start[0], 1e-9)
-        line: dict[str, Any] = {
-            "step": self.done,
-            "loss": sum(mean.values()),
-            "losses": mean,
-            "learning_rate": self.config.learning_rate_at(self.done - 1),
-            "steps_per_s": len(window) / elapsed,
-            "chunks_per_s": len(window) * self.config.batch_size / elapsed,
-            "waiting": (waited - self._window_start[1]) / elapsed,
-        }
-        if (norm := self._window[-1][1]) is not None:
-            line["gradient_norm"] = float(norm)
-        if self._usage is not None:
-            line["codes_used"] = [float(v) for v in self._usage.share]
-            line["perplexity"] = [float(v) for v in self._usage.perplexity]
-            self.health.codes(self.done, line["codes_used"], line["perplexity"], self._drawn)
-        self._window = []
-        self._window_start = (now, waited)
-        self._write(line)
-        self._show(bar, line)
-
-    def _judge(self, bar: Any) -> None:
+    def _judge(self) -> None:
         """Evaluate the weights to be kept, on the first process; all learn whether they are the best so far."""
         before = time.perf_counter()
         state = self._state()
@@ -270,28 +229,7 @@ class Trainer:
         metrics = found[0]
         if self.best is None or metrics["l1"] < self.best["l1"]:
             self.best, self.best_state = metrics, {name: value.cpu().clone() for name, value in state.items()}
-        self._window_start = (self._window_start[0] + time.perf_counter() - before, self._window_start[1])
-        self._write({"step": self.done, "validation": metrics})
-        self._show(bar, {"l1": metrics["l1"], "vrr": metrics["vrr"]})
-
-    def _show(self, bar: Any, line: Mapping[str, Any]) -> None:
-        shown = dict(getattr(bar, "actok", {}))
-        if "loss" in line:
-            shown["loss"] = f"{line['loss']:.4f}"
-        if "codes_used" in line:
-            shown["codes"] = " ".join(f"{v:.0%}" for v in line["codes_used"])
-        if "l1" in line:
-            shown["val_l1"] = f"{line['l1']:.4f}"
-            shown["vrr"] = " ".join(f"{v:.0%}" for v in line["vrr"].values())
-        bar.actok = shown
-        bar.set_postfix(shown, refresh=False)
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            if self.folder is not None:
-                self.folder.log(line)
-            if self.config.track:
-                self.accelerator.log(_flat(line), step=self.done)
+        self.report.validation(metrics, time.perf_counter() - before)
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -395,7 +333,7 @@ def _accelerator(config: TrainConfig, folder: RunFolder | None) -> Accelerator:
             " start with torchrun --nproc_per_node N, without an accelerate config"
         )
     if config.track:
-        accelerator.init_trackers("tracks", config=_flat(asdict(config)))
+        accelerator.init_trackers("tracks", config=flat(asdict(config)))
     return accelerator
 
 
@@ -416,16 +354,3 @@ def _pinned(batch: CodecBatch) -> CodecBatch:
         **{name: getattr(batch, name).pin_memory() for name in ("actions", "present", "real", "embodiment")},
         structure={name: table.contiguous().pin_memory() for name, table in batch.structure.items()},
     )
-
-
-def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of nested mappings and lists under names such as "validation/vrr/0.03"."""
-    found: dict[str, float] = {}
-    for name, value in line.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, (list, tuple)):
-            found |= _flat({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and name != "step":
-            found[f"{prefix}{name}"] = float(value)
-    return found

@@ -11,8 +11,9 @@ from actok.training.sources import TrainingError
 
 # A window's mean loss this many times the best one so far, in so many windows in a row, counts as diverging.
 DIVERGING, DIVERGING_WINDOWS = 10.0, 5
-# A level whose perplexity in a batch stays below this share of what the batch could show counts as collapsed.
-COLLAPSED = 0.01
+# A level whose perplexity in a batch is below this share of what the batch could show, so many times in a row, counts as
+# collapsed.
+COLLAPSED, COLLAPSED_TIMES = 0.01, 5
 
 __all__ = ["Health"]
 
@@ -30,18 +31,19 @@ class Health:
         self.best = math.inf
         self.best_step = 0
         self.bad_windows = 0
+        self.low = [0] * len(self.sizes)
         self.warned: list[str] = []
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
         best = None if math.isinf(self.best) else self.best
-        return {"best": best, "best_step": self.best_step, "bad_windows": self.bad_windows, "warned": self.warned}
+        return {**vars(self), "best": best}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state`."""
         self.best = math.inf if state["best"] is None else state["best"]
         self.best_step, self.bad_windows = state["best_step"], state["bad_windows"]
-        self.warned = list(state["warned"])
+        self.low, self.warned = list(state["low"]), list(state["warned"])
 
     def losses(self, first: int, window: Sequence[Mapping[str, float]]) -> None:
         """Look at the losses of steps first, first + 1, ... (counted from 1).
@@ -72,7 +74,8 @@ class Health:
         if step < self.warmup:
             return
         for level, (size, used, spread) in enumerate(zip(self.sizes, share, perplexity, strict=True)):
-            if spread < max(1.5, COLLAPSED * min(size, drawn)):
+            self.low[level] = self.low[level] + 1 if spread < max(1.5, COLLAPSED * min(size, drawn)) else 0
+            if self.low[level] == COLLAPSED_TIMES:
                 self._warn(
                     f"collapsed {level}",
                     f"codebook level {level} has collapsed at step {step}: its batch uses {used * size:.0f} of {size} codes,"

@@ -87,7 +87,7 @@ def train_materials(
         progress=progress,
     )
     resumed = trainer.resume()
-    if trainer.progress:
+    if trainer.report.progress:
         _announce(name, trainer, sources, held_out, resumed)
     trained = trainer.run()
     finished = _finished(trained, parts)
