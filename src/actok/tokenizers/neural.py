@@ -233,7 +233,8 @@ class NeuralTokenizer(TokenizerBase):
                 blank = self._blank(len(some), embodiment, None if mask is None else mask[i : i + ROWS])
                 found.append(self.codec.detokenize(some, blank.to(device)).float().cpu().numpy())
         dim = embodiment.space.dim
-        return np.concatenate(found)[:, :, :dim].reshape(count, windows * self._horizon, dim)[:, :horizon]
+        chunks = np.concatenate(found)[:, :, :dim].reshape(count, windows * self._horizon, dim)[:, :horizon]
+        return np.where(embodiment.normaliser.constant, np.float32(0), chunks)  # what never changed stays exact
 
     # -- layout ---------------------------------------------------------------------------------------------------
 
