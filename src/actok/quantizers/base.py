@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from actok.core import ConfigError
-from actok.quantizers.result import Quantised
+from actok.quantizers.result import Quantised, Usage
 
 __all__ = [
     "Quantizer",
@@ -36,15 +36,33 @@ class Quantizer(nn.Module, ABC):
         levels: Q codes a slot.
         sizes: K of each level.
         slots: None where every latent slot has its own codes; else how many code slots there are whatever S is.
+        bypassed: True lets latents through as they are, without codes, losses or updates: the first steps of a training
+            that starts the codebooks from latents worth clustering.
     """
 
     slots: int | None = None
+    bypassed: bool = False
 
     def __init__(self, dim: int, sizes: Sequence[int]) -> None:
         super().__init__()
         self.dim = check_count("dim", dim)
         self.sizes = tuple(sizes)
         self.levels = len(self.sizes)
+
+    def __call__(self, z: Tensor, mask: Tensor | None = None) -> Quantised:
+        """As `forward`, unless `bypassed`."""
+        if not self.bypassed:
+            found: Quantised = super().__call__(z, mask)
+            return found
+        shape = (len(z), z.shape[1] if self.slots is None else self.slots, self.levels)
+        nothing = z.new_zeros(self.levels, dtype=torch.float32)
+        return Quantised(
+            quantised=z.float(),
+            codes=torch.zeros(shape, dtype=torch.int64, device=z.device),
+            level_vectors=z.new_zeros(*shape, self.dim, dtype=torch.float32),
+            losses={},
+            usage=Usage(share=nothing, perplexity=nothing),
+        )
 
     @abstractmethod
     def forward(self, z: Float[Tensor, "B S C"], mask: Bool[Tensor, "B S"] | None = None) -> Quantised:
