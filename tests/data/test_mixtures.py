@@ -70,9 +70,56 @@ def test_ranks_together_see_what_one_process_sees():
     assert [ranks[i % 4][i // 4] for i in range(24)] == single
 
 
+def test_samples_keep_ratios_in_every_cycle_and_epochs_repeat_nothing():
+    sizes = (101, 37, 5)
+    sampler = MixtureSampler(sizes, ratios=(5, 1, 0.5), batch_size=11, seed=3)
+    drawn = [sampler.samples(step) for step in range(13 * 60)]
+    dataset = np.concatenate([d.dataset for d in drawn])
+    indices = np.concatenate([d.indices for d in drawn])
+    cycles = dataset.reshape(-1, 13)
+    assert (np.stack([(cycles == d).sum(1) for d in range(3)], 1) == (10, 2, 1)).all()
+    assert len({tuple(c) for c in cycles.tolist()}) > 100
+    for d, size in enumerate(sizes):
+        epochs = indices[dataset == d]
+        epochs = epochs[: len(epochs) // size * size].reshape(-1, size)
+        assert len(epochs) > 10
+        assert (np.sort(epochs, 1) == np.arange(size)).all()
+        assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_samples_by_size_go_through_everything_once_an_epoch():
+    sizes = (101, 37, 5)
+    sampler = MixtureSampler(sizes, ratios="size", batch_size=11, seed=3)
+    drawn = [sampler.samples(step) for step in range(143 * 3)]
+    pairs = np.stack([np.concatenate([getattr(d, f) for d in drawn]) for f in ("dataset", "indices")], 1)
+    everything = sorted((d, i) for d, size in enumerate(sizes) for i in range(size))
+    epochs = pairs[: len(pairs) // 143 * 143].reshape(-1, 143, 2)
+    assert len(epochs) > 20
+    assert all(sorted(map(tuple, epoch.tolist())) == everything for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    with pytest.raises(ConfigError, match="use samples"):
+        sampler.at(0)
+
+
+@pytest.mark.parametrize("ratios", ["size", (5, 1, 0.5), None])
+def test_samples_depend_on_seed_and_step_alone_and_ranks_share_them_out(ratios):
+    one, two = (MixtureSampler([1009, 503, 7], ratios=ratios, batch_size=30, seed=5) for _ in range(2))
+    other = MixtureSampler([1009, 503, 7], ratios=ratios, batch_size=30, seed=6)
+    for step in (29, 3, 10**12, 3, 0):
+        whole = one.samples(step)
+        parts = [two.samples(step, rank=rank, ranks=5) for rank in range(5)]
+        for name in ("dataset", "indices"):
+            assert np.array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(whole, name))
+        assert not np.array_equal(whole.indices, other.samples(step).indices)
+        assert (whole.indices < np.array([1009, 503, 7])[whole.dataset]).all()
+    with pytest.raises(ConfigError, match="a batch of 30 cannot be divided among 4 processes"):
+        one.samples(0, rank=1, ranks=4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"sizes": [3, 5], "batch_size": 3, "ratios": "equal"}, "ratios are 'equal'"),
         ({"sizes": [], "batch_size": 3}, "give at least one"),
         ({"sizes": [5, 0], "batch_size": 3}, "none empty"),
         ({"sizes": [5], "batch_size": 3, "ratios": [1, 2]}, "a ratio for each"),

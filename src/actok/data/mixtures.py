@@ -206,7 +206,9 @@ class MixtureSampler:
         seed: int = 0,
     ) -> None:
         self.sizes = tuple(len(s) if isinstance(s, Chunks) else int(s) for s in sizes)
-        by_size = ratios == "size"
+        by_size = isinstance(ratios, str)
+        if by_size and ratios != "size":
+            raise ConfigError(f'ratios are {ratios!r}; give a number for each dataset, or "size"')
         ratios = [1.0] * len(self.sizes) if ratios is None or isinstance(ratios, str) else list(ratios)
         if not self.sizes or min(self.sizes) < 1 or len(ratios) != len(self.sizes):
             raise ConfigError(

@@ -31,6 +31,8 @@ class TrainConfig:
         weight_decay: of AdamW.
         betas: of AdamW.
         warmup_steps: of the learning rate; at most a tenth of `steps`.
+        quantise_after: steps that the codec learns without its quantiser, whose codebooks then start from the latents of
+            several batches instead of those of an untrained encoder; 0: quantised from the first step on.
         clip_norm: largest norm of the gradient; 0: no clipping.
         precision: "bf16": the codec computes under autocast (quantisers stay in float32); "no": float32.
         weight_ema: decay of a moving average of the weights, which then is what is evaluated and kept; 0: none.
@@ -50,6 +52,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 500
+    quantise_after: int = 0
     clip_norm: float = 1.0
     precision: str = "no"
     weight_ema: float = 0.0
@@ -64,8 +67,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_chunks", "log_every"):
             self._whole(name, 1)
-        for name in ("warmup_steps", "eval_every", "checkpoint_every", "seed"):
+        for name in ("warmup_steps", "quantise_after", "eval_every", "checkpoint_every", "seed"):
             self._whole(name, 0)
+        if self.quantise_after >= self.steps > 0:
+            raise ConfigError(
+                f"quantise_after is {self.quantise_after} of {self.steps} steps; give fewer, or the codebooks never learn"
+            )
         self._number("learning_rate", above=0.0)
         self._number("min_learning_rate", most=1.0)
         self._number("weight_decay")

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from actok.core import CodecBatch, ConfigError, MissingExtraError
 from actok.data.mixtures import MixtureSampler
+from actok.quantizers import Quantizer
+from actok.tokenizers.neural import join
 from actok.training.checkpoint import Checkpoint
 from actok.training.config import TrainConfig
 from actok.training.health import Health
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 RANK_TIMEOUT = timedelta(minutes=10)
 # With several processes, they agree on stopping every so many steps.
 AGREE_EVERY = 10
+# Codebooks that start late do so from so many batches, and of about so many chunks at most.
+START_BATCHES, START_CHUNKS = 16, 8192
 # Weight decay acts on the weights of these.
 DECAYED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
@@ -110,11 +114,12 @@ class Trainer:
         if config.compile:
             self.codec.compile()
         self.model, self.optimizer = self.accelerator.prepare(self.codec, optimizer)
+        self.quantizers = [m for m in self.codec.modules() if isinstance(m, Quantizer)]
         self.names = {name: p for name, p in self.codec.named_parameters() if p.requires_grad}
         self.ema: dict[str, Tensor] = {}
         if config.weight_ema:
             self.ema = {name: p.detach().clone() for name, p in self.names.items()}
-        self.health = Health(self.codec.quantizer.sizes, config.warmup)
+        self.health = Health(self.codec.quantizer.sizes, max(config.warmup, 2 * config.quantise_after))
         self.report = Report(
             self.accelerator,
             config,
@@ -167,6 +172,7 @@ class Trainer:
         config = self.config
         last = self.done == config.steps
         judging = self.judge is not None and (last or (config.eval_every > 0 and self.done % config.eval_every == 0))
+        judging = judging and self.done > config.quantise_after
         saving = self.folder is not None and (
             last or stopping or (config.checkpoint_every > 0 and self.done % config.checkpoint_every == 0)
         )
@@ -182,6 +188,11 @@ class Trainer:
             group["lr"] = self.config.learning_rate_at(step)
         torch.manual_seed(_mixed(self.config.seed, step, self.accelerator.process_index))
         device = self.accelerator.device
+        if self.config.quantise_after:
+            for quantizer in self.quantizers:
+                quantizer.bypassed = step < self.config.quantise_after
+            if step == self.config.quantise_after:
+                self._start_codebooks(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.model(batch.to(device))
         loss = torch.stack([value.float() for value in output.losses.values()]).sum()
@@ -196,6 +207,13 @@ class Trainer:
                 list(self.ema.values()), [p.detach() for p in self.names.values()], 1 - self.config.weight_ema
             )
         self.report.step(output, norm)
+
+    @torch.no_grad()
+    def _start_codebooks(self, step: int) -> None:
+        """Codebooks from the latents of this batch and some that follow: a batch alone has fewer than there are codes."""
+        count = max(1, min(START_BATCHES, START_CHUNKS // self.config.batch_size))
+        pool = join([self.batches.at(step + i) for i in range(count)])
+        self.codec(pool.to(self.accelerator.device))
 
     def _agreed(self, requested: bool) -> bool:
         """Whether to stop now: what this process wants, or any of several, which then all stop after the same step."""
