@@ -64,7 +64,7 @@ def good(name: str) -> bool:
 def fit_here(name: str, part: FitPart, *, well: bool = False):
     if not learned(name):
         return fit_parts(name, [part])
-    short = {"steps": 2, "batch_size": 16, "warmup_steps": 1, "precision": "no"}
+    short = {"steps": 2, "batch_size": 16, "warmup_steps": 1, "quantise_after": 0, "weight_ema": 0.0, "precision": "no"}
     if well:
         short |= {"steps": 200, "batch_size": 128, "warmup_steps": 20, "learning_rate": 2e-3}
     return fit_parts(name, [part], training=short)
