@@ -74,8 +74,8 @@ class OmniSatConfig:
         vocab: V of the BPE, the symbols of single codes included.
         normaliser: see actok.signal.normalise.
         quantizer: see actok.quantizers.
-        rotation_quantizer, gripper_quantizer: what differs from `quantizer` for parts of that class. All have the same
-            number of levels.
+        rotation_quantizer, gripper_quantizer: what differs from `quantizer` for parts of that class; one of another `kind`
+            stands for itself. All have the same number of levels.
     """
 
     points: int = 8
@@ -88,7 +88,7 @@ class OmniSatConfig:
     normaliser: NormaliserKind = "quantile"
     quantizer: Mapping[str, Any] = field(default_factory=lambda: {"kind": "residual", "levels": 8, "codes": 256})
     rotation_quantizer: Mapping[str, Any] = field(default_factory=dict)
-    gripper_quantizer: Mapping[str, Any] = field(default_factory=lambda: {"codes": 64})
+    gripper_quantizer: Mapping[str, Any] = field(default_factory=lambda: {"kind": "residual", "codes": 64})
 
     def __post_init__(self) -> None:
         for name in ("points", "part_width", "latent", "width", "depth", "vocab"):
@@ -104,7 +104,8 @@ class OmniSatConfig:
 
     def quantizer_of(self, part_class: str) -> Mapping[str, Any]:
         """Settings of the quantiser of a class of parts."""
-        return merge_settings(self.quantizer, getattr(self, f"{part_class}_quantizer", {}))
+        own = getattr(self, f"{part_class}_quantizer", {})
+        return merge_settings({"quantizer": self.quantizer}, {"quantizer": own})["quantizer"]
 
 
 def parts_of(space: ActionSpace, width: int) -> dict[str, list[np.ndarray]]:
