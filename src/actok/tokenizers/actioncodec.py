@@ -161,7 +161,7 @@ class ActionCodec(Codec):
         """See Codec.encode."""
         prompts, _ = self._prompts(batch)
         steps = self.action_in(batch.actions) + self._time(batch)
-        queries = self.queries.expand(len(steps), -1, -1)
+        queries = self.queries.expand(steps.shape[0], -1, -1)
         return self.to_latent(self.encoder(queries, torch.cat([prompts, steps], 1)))
 
     def decode(self, latents: Float[Tensor, "B S C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:

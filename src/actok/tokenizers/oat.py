@@ -144,7 +144,7 @@ class Oat(Codec):
     def encode(self, batch: CodecBatch) -> Float[Tensor, "B S C"]:
         """See Codec.encode: what the registers have read."""
         steps = self.action_in(batch.actions) + self.time
-        x = torch.cat([steps, self.registers.expand(len(steps), -1, -1)], 1)
+        x = torch.cat([steps, self.registers.expand(steps.shape[0], -1, -1)], 1)
         return self.to_latent(self.encoder(x, mask=self.seen)[:, steps.shape[1] :])
 
     def decode(self, latents: Float[Tensor, "B n C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
