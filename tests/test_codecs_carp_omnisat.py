@@ -66,7 +66,7 @@ def prepared(name: str, *spaces: ActionSpace, horizon: int = T, **settings):
     return CLASSES[name].prepare(parts, build_config(CLASSES[name].config_class, merged, name)), parts
 
 
-def trained(name: str, *spaces: ActionSpace, steps: int = 40, **settings):
+def trained(name: str, *spaces: ActionSpace, steps: int = 12, **settings):
     """Codebooks that mean something; every other step the other embodiment."""
     tokenizer, parts = prepared(name, *spaces, **settings)
     codec = tokenizer.codec.train().requires_grad_(True)
@@ -94,7 +94,7 @@ def two(request):
 @pytest.fixture(scope="module")
 def carp_one():
     torch.manual_seed(0)
-    return trained("carp", ARM, steps=150)
+    return trained("carp", ARM, steps=60)
 
 
 @pytest.fixture(scope="module")
