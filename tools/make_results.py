@@ -1,259 +1,74 @@
 """Make docs/results: every table from a run of this command, with its JSON beside it.
 
     make results                                 # Meta-World, collected here: anyone can make these pages
-    make results DATA_ROOT=path/to/datasets      # and the data sets of OTHERS found below that folder
+    make results DATA_ROOT=path/to/datasets      # and the data sets of results/places.py found below that folder
 
-Resumable: what an earlier run of the same code measured on the same data is reused. Work files go to runs/results.
+Stages, in this order; `--only` chooses some:
+
+    closed-form   docs/results: closed-form tokenizers, one second of control a chunk
+    train         the learned tokenizers of results/jobs.py, by `actok fit`
+    bench         all tokenizers at chunks of 20 steps
+    pages         docs/results/learned, from what was trained and measured
+
+Resumable: what an earlier run of the same code measured on the same data is reused, a trained tokenizer is kept while what
+was asked for is the same, and a stopped training goes on. Work files go to runs/results.
+
+`--only calibrate` times the jobs on this machine and stores their steps in results/steps.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from results.closed_form import make_pages
+from results.jobs import job_names
+from results.learned import write_learned_pages
+from results.measuring import measure_all
+from results.places import EPISODES, METAWORLD, SEED, Places
+from results.training import calibrate, train
 
-from actok.benchmark import run_benchmark, text_table
-from actok.benchmark.replays import replay_text
 from actok.cli.simulate import collect_into
 from actok.core import ActokError
-from actok.core.files import write_bytes
-from actok.data import open_dataset
-from actok.training import fit
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = ROOT / "docs" / "results"
-WORK = ROOT / "runs" / "results"
-TOKENIZERS = ("bins", "fast", "beast", "dct", "pca")
-# The published FAST+ files below DATA_ROOT; without them it is left out.
-FAST_PLUS = "fast_plus"
-EPISODES = 50
-# Bits a chunk at which tokenizers are compared, between the points of their sweeps.
-RATES = (100, 200, 400, 800, 1600)
-SEED = 0
-
-# name -> (path below DATA_ROOT, action space where the data do not tell)
-OTHERS: Mapping[str, tuple[str, str | None]] = {
-    "robosuite": ("sim/robosuite_state", None),
-    "aloha_sim": ("sim/aloha_sim", None),
-    "libero": ("sim/libero_state", None),
-    "unitree_g1_inspire": ("real/unitree_g1_inspire", None),
-    "bridge_widowx": ("real/bridge_widowx", None),
-    "adroit_door_human": ("real/adroit_door_human", None),
-    "robosuite_human_lift": ("real/robosuite_human/lift.hdf5", None),
-    "robosuite_human_handover": ("real/robosuite_human/handover_two_panda.hdf5", None),
-}
-# What fit(tolerance=...) is asked for on each data set.
-TOLERANCES: Mapping[str, str] = {
-    "metaworld": "2 mm, p95",
-    "robosuite": "2 mm, 1 deg, p95",
-    "aloha_sim": "1 deg",
-    "libero": "2 mm, 1 deg, p95",
-    "unitree_g1_inspire": "2 deg",
-    "bridge_widowx": "5 mm, 3 deg, p95",
-}
+STAGES = ("closed-form", "train", "bench", "pages")
 
 
-def main() -> None:
-    """Measure, then write the pages."""
+def main() -> int:
+    """Run the stages. Returns 1 where a job or a measurement failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, help="folder with the data sets of OTHERS; those missing are skipped")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("names", nargs="*", metavar="JOB", help="train (or calibrate) only these jobs")
+    parser.add_argument("--data-root", type=Path, help="folder with the data sets; those missing are skipped")
+    parser.add_argument("--only", nargs="+", choices=(*STAGES, "calibrate"), default=STAGES, metavar="STAGE")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time (default: 2)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="of all training steps, to try the command; kept apart"
+    )
     args = parser.parse_args()
 
-    sources: dict[str, tuple[str, str | None]] = {"metaworld": (str(WORK / "metaworld"), None)}
-    if not Path(sources["metaworld"][0]).exists():
-        collect_into(sources["metaworld"][0], "metaworld", "all", EPISODES, seed=SEED, workers=args.workers)
-    for name, (path, space) in OTHERS.items():
-        if args.data_root is not None and (args.data_root / path).exists():
-            sources[name] = (str(args.data_root / path), space)
-
-    tokenizers = list(TOKENIZERS)
-    if args.data_root is not None and (args.data_root / FAST_PLUS).exists():
-        tokenizers.append(str(args.data_root / FAST_PLUS))
-
-    rows = []
-    for name, (path, space) in sources.items():
-        print(f"== {name}", flush=True)
-        results = run_benchmark(
-            [path],
-            tokenizers,
-            WORK / "bench" / name,
-            horizon=open_dataset(path, space=space).space.default_horizon,
-            spaces=space,
-            seed=SEED,
-            sweep=True,
-            replay="metaworld" if name == "metaworld" else None,
-        )
-        figures = json.dumps(slim(results), indent=1) + "\n"
-        write_bytes(PAGES / f"{name}.json", portable(figures, args.data_root))
-        write_bytes(PAGES / f"{name}.md", page(name, results))
-        facts = results["datasets"][0]
-        rows.append(
-            f"| [{name}]({name}.md) | {facts['space']['dim']} | {facts['space']['rate_hz'] or '-'} | {facts['horizon']}"
-            f" | {sum(facts['episodes'].values())} | {facts['frames']} |"
-        )
-    write_bytes(PAGES / "speed.md", speed_page(tokenizers[len(TOKENIZERS) :]))
-    write_bytes(PAGES / "tolerance.md", tolerance_page(sources))
-    write_bytes(PAGES / "README.md", index(rows))
-
-
-def slim(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the tables rest on, without example chunks, curves over every code and points of sweeps' histograms."""
-    units = []
-    for unit in results["results"]:
-        metrics = {k: v for k, v in (unit.get("metrics") or {}).items() if k not in ("examples", "codes")}
-        units.append({**unit, "metrics": metrics})
-    datasets = [{k: v for k, v in d.items() if k != "examples"} for d in results["datasets"]]
-    return {**results, "datasets": datasets, "results": units}
-
-
-def portable(text: str, data_root: Path | None) -> str:
-    """Without the folders of the machine it was made on."""
-    text = text.replace(f"{ROOT}/", "")
-    return text if data_root is None else text.replace(str(data_root), "DATA_ROOT")
-
-
-def page(name: str, results: Mapping[str, Any]) -> str:
-    """One data set's tables, with what the columns mean and the command that makes them."""
-    text = (
-        f"# {name}\n\nMade by `make results` ([figures as JSON]({name}.json)); columns: [metrics](../metrics.md).\n\n"
-    )
-    text += text_table(results, markdown=True) + "\n\n" + matched(results)
-    if results.get("replay"):
-        against = [line for line in replay_text(results["replay"]).splitlines() if " against " in line]
-        text += "\nReplay, paired on the same episodes (95 % interval, exact McNemar test):\n\n"
-        text += "".join(f"* {line}\n" for line in against)
-    return text
-
-
-def matched(results: Mapping[str, Any]) -> str:
-    """Mean normalised error at equal bits: each sweep read off between its points, linearly in both logarithms."""
-    lines = [
-        "Mean error in normalised units at equal bits a chunk (fixed rate), read off each preset's sweep between its points:",
-        "",
-        "| tokenizer | " + " | ".join(f"{rate} bits" for rate in RATES) + " |",
-        "|---|" + "---|" * len(RATES),
-    ]
-    for name in TOKENIZERS:
-        units = [u for u in results["results"] if u["tokenizer"] == name and u["sweep"] and u["status"] == "ok"]
-        points = sorted((u["metrics"]["rate"]["bits_fixed"], u["metrics"]["normalised"]["l1"]) for u in units)
-        bits, error = np.log(np.array(points)).T
-        found = [
-            f"{np.exp(np.interp(np.log(rate), bits, error)):.3g}" if bits[0] <= np.log(rate) <= bits[-1] else "-"
-            for rate in RATES
-        ]
-        lines.append(f"| {name} | " + " | ".join(found) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def speed_page(fast_plus: list[str]) -> str:
-    """What the speed benchmarks measure, one thread each; their JSON is written beside the page."""
-    fast = measured("fast_speed", ["--published", *fast_plus] if fast_plus else [])
-    chunks = measured("chunk_speed", [])
-    rows = []
-    for name, figures in fast["results"].items():
-        for how, key in (("batch of 512", "batch"), ("one chunk", "single_chunk")):
-            times = figures[f"{key}_microseconds_per_chunk" if key == "batch" else f"{key}_microseconds"]
-            rows += [
-                f"| {name}: {what}, {how} | {times[f'{what}_published']:.0f} | {times[what]:.1f}"
-                f" | {figures[f'{key}_ratio'][what]:.1f} |"
-                for what in ("encode", "decode")
-            ]
-    c = fast["conditions"]
-    return "\n".join(
-        [
-            "# Speed",
-            "",
-            "Made by `make results`, one thread.",
-            "",
-            "## FAST against the published algorithm",
-            "",
-            f"Microseconds per chunk at T = {c['T']}, D = {c['D']}, in one run, with identical ids; what is compared is told in"
-            " [FAST](../tokenizers/fast.md#speed). `python benchmarks/fast_speed.py --published FOLDER`,"
-            " [JSON](fast_speed.json).",
-            "",
-            "| | published | here | ratio |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            f"{c['cpu']}, Python {c['python']}, tokenizers {c['tokenizers']}, commit {c['commit']}.",
-            "",
-            "## Chunks from a memory-mapped cache",
-            "",
-            f"{chunks['chunks_per_second']:,} chunks/s of T = {chunks['horizon']}, D = {chunks['data']['dimensions']}, drawn"
-            f" at random in batches of {chunks['batch_size']} from {chunks['data']['frames']:,} frames; statistics at"
-            f" {chunks['statistics_frames_per_second']:,} frames/s. `python benchmarks/chunk_speed.py`,"
-            " [JSON](chunk_speed.json).",
-            "",
-        ]
-    )
-
-
-def measured(script: str, options: list[str]) -> dict[str, Any]:
-    """Run a benchmark on one thread; keep and return its JSON."""
-    print(f"== {script}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
-    write_bytes(PAGES / f"{script}.json", portable(done.stdout, None))
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def tolerance_page(sources: Mapping[str, tuple[str, str | None]]) -> str:
-    """What fit(tolerance=...) chooses, tokenizer by tokenizer."""
-    lines = [
-        "# The coarsest setting within a tolerance",
-        "",
-        "Made by `make results`: `actok.fit(name, data, tolerance=...)` chooses on validation episodes; the last column is"
-        " measured on test episodes, which took no part in the choice. In delta spaces the bound is on the path accumulated"
-        " over the chunk.",
-        "",
-        "| data | tolerance | tokenizer | setting | bits a chunk | worst error / bound on test |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, (path, space) in sources.items():
-        if name not in TOLERANCES:
-            continue
-        for tokenizer in TOKENIZERS:
-            head = f"| {name} | {TOLERANCES[name]} | {tokenizer} |"
-            try:
-                report = fit(tokenizer, path, space=space, tolerance=TOLERANCES[name], seed=SEED).meta["tolerance"]
-            except ActokError as error:
-                lines.append(f"{head} none: {str(error).split('; ')[1]} | - | - |")
-                continue
-            ratio = max(e["error"] / e["bound"] for e in report["test"].values() if e["bound"])
-            setting = ", ".join(f"{k}={v}" for k, v in report["setting"].items())
-            lines.append(f"{head} {setting} | {report['bits_per_chunk']:.0f} | {ratio:.2f} |")
-    return "\n".join(lines) + "\n"
-
-
-def index(rows: list[str]) -> str:
-    """The list of pages; what is said about the figures stands in FINDINGS.md, which is written by hand."""
-    return "\n".join(
-        [
-            "# Results",
-            "",
-            "Every table here is made by `make results` (work files in `runs/results`, seed 0, hardware and commit below each"
-            " table). [What they say](FINDINGS.md). [Tolerances](tolerance.md). [Speed](speed.md).",
-            "",
-            "Meta-World is collected by the command itself; the other sets are added with `DATA_ROOT=...` where they are at"
-            " hand.",
-            "",
-            "| data | D | Hz | T | episodes | steps |",
-            "|---|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    places = Places(data_root=args.data_root, scale=args.scale)
+    names = job_names(args.names)
+    if not (places.work / METAWORLD).exists():
+        collect_into(str(places.work / METAWORLD), METAWORLD, "all", EPISODES, seed=SEED, workers=args.jobs)
+    failed: list[str] = []
+    if "calibrate" in args.only:
+        calibrate(names, places)
+    if "closed-form" in args.only:
+        make_pages(places)
+    if "train" in args.only:
+        failed += train(names, places, jobs=args.jobs)
+    if "bench" in args.only:
+        failed += measure_all(places, jobs=args.jobs)
+    if "pages" in args.only:
+        write_learned_pages(places)
+    if failed:
+        print(f"failed, the same command tries again: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except ActokError as error:
+        sys.exit(f"make_results: {error}")

@@ -1,0 +1,1 @@
+"""How docs/results is made, stage by stage: closed-form pages, training, benchmark, pages of learned tokenizers."""
