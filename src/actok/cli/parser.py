@@ -68,6 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--repair", metavar="MODE", help="repair undecodable sequences by this named mode (default: leave NaN)"
     )
 
+    v = verb("export", "write a learned tokenizer as ONNX files: raw actions to ids, ids to raw actions", "export")
+    v.add_argument("tokenizer", metavar="DIR", help="saved tokenizer, or Hub id")
+    v.add_argument("--out", required=True, metavar="FOLDER", help="writes encoder.onnx, decoder.onnx, export.json there")
+    v.add_argument("--embodiment", metavar="NAME", help="whose normaliser and limits (default: the tokenizer's first)")
+
     v = verb("inspect", "show what a saved tokenizer is, or what a dataset holds", "inspect")
     v.add_argument("path", metavar="DIR", help="saved tokenizer, Hub id, or dataset")
     v.add_argument("--space", metavar="NAME_OR_TOML", help="action space of a dataset")
