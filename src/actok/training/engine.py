@@ -7,6 +7,7 @@ Two things make a run repeatable and resuming exact. The batch of a step is a pu
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -336,6 +337,7 @@ def _accelerator(config: TrainConfig, folder: RunFolder | None) -> Accelerator:
         DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
     ]
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # told nothing, it joins no other process on a machine without one
         log_with=list(config.track) or None,
         project_config=ProjectConfiguration(project_dir=place, logging_dir=place),
         kwargs_handlers=handlers,
@@ -344,6 +346,11 @@ def _accelerator(config: TrainConfig, folder: RunFolder | None) -> Accelerator:
         raise ConfigError(
             f"accelerate was started with mixed precision {accelerator.mixed_precision!r}, this run asks for"
             f" {config.precision!r}; leave it out there and set precision here"
+        )
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise ConfigError(
+            f"{world} processes were started, but accelerate joins {accelerator.num_processes}; start them with torchrun"
+            " --nproc_per_node N, in an environment where accelerate was not used before"
         )
     if accelerator.distributed_type != "NO" and not accelerator.distributed_type.value.startswith("MULTI_"):
         raise ConfigError(
