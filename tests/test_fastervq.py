@@ -122,6 +122,21 @@ def test_embodiments_in_one_batch_do_not_see_each_other():
     torch.testing.assert_close(decoded[:3], tokenizer.codec.detokenize(ids[:3], arm), rtol=1e-4, atol=1e-5)
 
 
+def test_training_on_a_mixed_batch_computes_the_same():
+    """There, rows are taken by their number of patches; elsewhere all at once."""
+    tokenizer = prepared(ARM, HAND)
+    codec = tokenizer.codec
+    parts = [tokenizer.batch(normal(3, 7), "arm"), tokenizer.batch(normal(2, 13), "hand")]
+    batch = join([parts[0], parts[1], parts[0]])
+    expected = codec.encode(batch)
+    latents = torch.randn(8, 7, 5)
+    actions = codec.decode(latents, batch)
+    codec.train()
+    assert len(codec.by_size(batch)) == 2
+    torch.testing.assert_close(codec.encode(batch), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codec.decode(latents, batch), actions, rtol=1e-4, atol=1e-5)
+
+
 def test_losses_are_equation_1_over_what_is_real_and_present():
     tokenizer = prepared(ARM, HAND, dct=0.7)
     codec, x = tokenizer.codec, normal(2, 7)

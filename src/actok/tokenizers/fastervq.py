@@ -269,6 +269,42 @@ class FasterVq(Codec):
 
     def encode(self, batch: CodecBatch) -> Float[Tensor, "B S C"]:
         """See Codec.encode."""
+        parts = self.by_size(batch)
+        if len(parts) == 1:
+            return self._encode(batch)
+        found = torch.cat([self._encode(part) for _, part in parts])
+        return found[torch.cat([rows for rows, _ in parts]).argsort()]
+
+    def decode(self, latents: Float[Tensor, "B S C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
+        """See Codec.decode."""
+        parts = self.by_size(batch)
+        if len(parts) == 1:
+            return self._decode(latents, batch)
+        found = torch.cat([self._decode(latents[rows], part) for rows, part in parts])
+        return found[torch.cat([rows for rows, _ in parts]).argsort()]
+
+    def by_size(self, batch: CodecBatch) -> list[tuple[Tensor, CodecBatch]]:
+        """In training, the rows of a mixed batch by their number of patches, so that none carries another's padding.
+
+        Elsewhere a batch is of one embodiment, and reading its sizes would only keep it from being compiled or exported.
+        """
+        if not self.training:
+            return [(torch.empty(0), batch)]
+        counts = (batch.structure["kind"] > 0).sum(1)
+        parts = []
+        for count in counts.unique().tolist():
+            rows = torch.nonzero(counts == count)[:, 0]
+            part = CodecBatch(
+                actions=batch.actions[rows],
+                present=batch.present[rows],
+                real=batch.real[rows],
+                embodiment=batch.embodiment[rows],
+                structure={name: table[rows, :count] for name, table in batch.structure.items()},
+            )
+            parts.append((rows, part))
+        return parts
+
+    def _encode(self, batch: CodecBatch) -> Float[Tensor, "B S C"]:
         seen = self.seen(batch)
         x = self.patch_in(self.patchify(batch)) + self.describe(batch, 0)
         for block in self.encoder:
@@ -278,8 +314,7 @@ class FasterVq(Codec):
             z = block(z)
         return self.to_latent(z)
 
-    def decode(self, latents: Float[Tensor, "B S C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
-        """See Codec.decode."""
+    def _decode(self, latents: Float[Tensor, "B S C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
         z = self.from_latent(latents) + self.slots[1]
         for block in self.latent_decoder:
             z = block(z)
