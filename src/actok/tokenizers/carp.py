@@ -10,7 +10,7 @@ Deviations, each deliberate:
   learned marks which channel and which physical kind it works on: since the decoder knows the dimension too, a code can
   mean something else in each, so nothing is lost in rate, and the vocabulary stays 512 on a robot of any D. Dimensions
   never mix, as in the paper.
-* Scales are stated for the published 4 latents. At another horizon they grow with the number of latents: 1, 2, 4, 5 for
+* Scales are stated for the published 4 latents. At another horizon they grow with the number of latents: 1, 3, 4, 5 for
   5 of them (T = 17 to 20). A horizon that is no multiple of 4 is continued by its last step and cut after decoding.
 * The paper states no width, depth or learning rate; those of the presets are ours.
 * Mean absolute instead of squared error, as in the other codecs here.

@@ -176,7 +176,7 @@ class PartQuantizer(Quantizer):
 
 
 class Perceptron(nn.Module):
-    """`depth` residual feed-forward blocks between two linear maps, which they leave through on the way."""
+    """`depth` residual feed-forward blocks between two linear maps; what the blocks add nothing to passes linearly."""
 
     def __init__(self, inputs: int, outputs: int, width: int, depth: int) -> None:
         super().__init__()
