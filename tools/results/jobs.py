@@ -56,7 +56,7 @@ class Job:
         A stage without quantiser keeps its share of the preset's steps.
         """
         preset = find_preset(self.preset)
-        training = {**preset.training, "steps": steps, "eval_every": max(1, steps // 4), "eval_chunks": 256}
+        training = {**preset.training, "steps": steps, "eval_every": -(-steps // 4), "eval_chunks": 256}
         training["checkpoint_every"] = training["eval_every"]
         if before := preset.training.get("quantise_after"):
             training["quantise_after"] = round(before * steps / preset.training["steps"])

@@ -30,6 +30,18 @@ OTHERS: Mapping[str, tuple[str, str | None]] = {
     "robosuite_human_lift": ("real/robosuite_human/lift.hdf5", None),
     "robosuite_human_handover": ("real/robosuite_human/handover_two_panda.hdf5", None),
 }
+# Shares of a batch where several are trained on: about the square roots of their sizes, so that small sets count too.
+RATIOS: Mapping[str, int] = {
+    "metaworld": 37,
+    "robosuite": 14,
+    "aloha_sim": 10,
+    "libero": 9,
+    "unitree_g1_inspire": 15,
+    "bridge_widowx": 2,
+    "adroit_door_human": 6,
+    "robosuite_human_lift": 3,
+    "robosuite_human_handover": 4,
+}
 
 __all__ = [
     "CLOSED_FORM",
@@ -37,6 +49,7 @@ __all__ = [
     "FAST_PLUS",
     "METAWORLD",
     "OTHERS",
+    "RATIOS",
     "ROOT",
     "SEED",
     "Places",

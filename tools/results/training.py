@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from actok.core.files import write_bytes
 from actok.core.provenance import circumstances
 from actok.core.registry import load_target
 from results.jobs import HORIZON, JOBS, STEPS, Job, calibrated_steps
-from results.places import ROOT, SEED, Places
+from results.places import RATIOS, ROOT, SEED, Places, Source
 
 POLL_S = 0.5
 # Steps that are timed in calibration, after some that are not.
@@ -63,7 +64,7 @@ def specification(job: Job, places: Places) -> dict[str, Any] | None:
         "training": training,
         "horizon": HORIZON,
         "seed": SEED,
-        "data": [s.identity() for s in sources],
+        "data": [{**s.identity(), "ratio": RATIOS[s.name]} for s in sources],
     }
     found: dict[str, Any] = json.loads(json.dumps(spec))
     return found
@@ -90,10 +91,20 @@ def command(job: Job, places: Places, spec: Mapping[str, Any]) -> list[str]:
     folder = places.trained / job.name
     preset = find_preset(job.preset)
     changed = {k: v for k, v in spec["training"].items() if preset.training.get(k) != v}
-    text = [sys.executable, "-m", "actok", "fit", job.preset, "--data", *(s.path for s in sources)]
+    data = sources[0].path if len(sources) == 1 else str(folder / "mixture.toml")
+    text = [sys.executable, "-m", "actok", "fit", job.preset, "--data", data]
     text += ["--horizon", str(spec["horizon"]), "--seed", str(spec["seed"]), "--out", str(folder / "tokenizer")]
     text += ["--run", str(folder / "run"), "--resume", "--train", *_assignments(changed)]
     return text + (["--set", *_assignments(job.settings)] if job.settings else [])
+
+
+def mixture(sources: Sequence[Source]) -> str:
+    """A mixture file of data sets with their ratios."""
+    text = ""
+    for s in sources:
+        values = {"name": s.name, "source": s.path, "ratio": RATIOS[s.name], **({"space": s.space} if s.space else {})}
+        text += "[[datasets]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+    return text
 
 
 def _assignments(values: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -121,6 +132,9 @@ def train(names: Sequence[str], places: Places, *, jobs: int, say: Callable[[str
             say(f"{name}: kept")
         else:
             waiting.append((name, spec))
+    if waiting:
+        meant = sum(JOBS[name].seconds for name, _ in waiting) * places.scale / jobs
+        say(f"{len(waiting)} jobs, meant to take {meant / 60:.0f} minutes")
     running: list[_Running] = []
     failed: list[str] = []
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -152,6 +166,7 @@ def _start(name: str, spec: Mapping[str, Any], places: Places, say: Callable[[st
         shutil.rmtree(folder, ignore_errors=True)
     (folder / "failure.json").unlink(missing_ok=True)
     write_bytes(folder / "spec.json", json.dumps(spec, indent=1) + "\n")
+    write_bytes(folder / "mixture.toml", mixture(JOBS[name].sources(places) or []))
     text = command(JOBS[name], places, spec)
     say(f"{name}: {spec['training']['steps']} steps, log {folder / 'log.txt'}")
     # The frames of a data set are read once, and mapped into memory by all.
@@ -179,11 +194,32 @@ def _ended(one: _Running, say: Callable[[str], None]) -> bool:
 # -- calibration ------------------------------------------------------------------------------------------------------
 
 
-def calibrate(names: Sequence[str], places: Places, say: Callable[[str], None] = print) -> None:
-    """Time some steps of each job on one thread, and keep how many fit in its seconds in steps.json.
+# What the other processes of a training do meanwhile: they share caches and memory with the one that is timed.
+COMPANY = "import torch; torch.set_num_threads(1); a = torch.randn(512, 512)\nwhile True: a @ a"
 
-    Processor time counts, so that other work of the machine does not.
+
+@contextmanager
+def _company(count: int) -> Iterator[None]:
+    """So many busy processes beside this one."""
+    environment = {**os.environ, **ONE_THREAD}
+    others = [subprocess.Popen([sys.executable, "-c", COMPANY], env=environment) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def calibrate(names: Sequence[str], places: Places, *, jobs: int, say: Callable[[str], None] = print) -> None:
+    """Time some steps of each job on one thread, beside `jobs` - 1 busy processes as in training, and keep how many fit in
+    its seconds in steps.json. Processor time counts, so that what else runs on the machine matters little.
     """
+    with _company(jobs - 1):
+        _calibrate(names, places, say)
+
+
+def _calibrate(names: Sequence[str], places: Places, say: Callable[[str], None]) -> None:
     import torch
 
     from actok.training.config import train_config
