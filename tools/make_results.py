@@ -2,6 +2,7 @@
 
     make results                                 # Meta-World, collected here: anyone can make these pages
     make results DATA_ROOT=path/to/datasets      # and the data sets of results/places.py found below that folder
+    make results ONLY="bench pages" DATA_ROOT=... # some stages
 
 Stages, in this order; `--only` chooses some:
 
@@ -53,7 +54,7 @@ def main() -> int:
         collect_into(str(places.work / METAWORLD), METAWORLD, "all", EPISODES, seed=SEED, workers=args.jobs)
     failed: list[str] = []
     if "calibrate" in args.only:
-        calibrate(names, places)
+        calibrate(names, places, jobs=args.jobs)
     if "closed-form" in args.only:
         make_pages(places)
     if "train" in args.only:
