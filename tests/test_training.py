@@ -335,19 +335,28 @@ def test_a_mixture_of_widths_is_trained_in_its_ratios_and_serves_each(tmp_path):
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
-LONG = {"steps": 22, "eval_every": 5, "checkpoint_every": 6, "log_every": 4, "weight_ema": 0.8, "weight_decay": 0.2}
+LONG = {
+    "steps": 22,
+    "quantise_after": 5,
+    "eval_every": 4,
+    "checkpoint_every": 6,
+    "log_every": 4,
+    "weight_ema": 0.8,
+    "weight_decay": 0.2,
+}
 
 
-@pytest.mark.parametrize("ending", ["stopped", "killed"])
+@pytest.mark.parametrize("ending", ["stopped early", "stopped", "killed"])
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, monkeypatch, ending):
     """Dropout, dead codes, moving averages of codebooks and weights, the best weights, the log: as if never interrupted."""
     data = episodes(40)
     options = {"horizon": 7, "progress": False, "training": LONG}
     whole = fit("tiny", data, run=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        if ending == "stopped":  # between two checkpoints that are due: saves where it stands
-            stop_after(patch, 11)
-            with pytest.raises(TrainingStopped, match="stopped after step 11 of 22, saved in"):
+        if ending != "killed":  # between two checkpoints that are due: saves where it stands
+            step = 11 if ending == "stopped" else 3  # before the quantiser took part
+            stop_after(patch, step)
+            with pytest.raises(TrainingStopped, match=f"stopped after step {step} of 22, saved in"):
                 fit("tiny", data, run=tmp_path / "cut", **options)
         else:  # after more log lines than the last checkpoint knows of
             step = Trainer._step
@@ -365,7 +374,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, monkeypatch, ending):
         assert all(torch.equal(value, ends[1].tensors[group][name]) for name, value in tensors.items()), group
     assert any(name.endswith("exp_avg_sq") for name in ends[0].tensors["optimizer"])
     for kind in ("loss", "validation"):
-        cut = [line for line in lines(tmp_path / "cut", kind) if kind == "validation" or line["step"] != 11]
+        cut = [line for line in lines(tmp_path / "cut", kind) if kind == "validation" or line["step"] not in (3, 11)]
         whole_lines = lines(tmp_path / "whole", kind)
         assert [line["step"] for line in cut] == [line["step"] for line in whole_lines]
         if kind == "validation" or ending == "killed":
@@ -479,10 +488,11 @@ def test_memory_that_does_not_suffice_is_told_with_what_helps():
 
 def test_divergence_and_collapse_are_told_once_with_their_figures():
     health = Health([13, 512], warmup=5)
-    health.losses(1, [{"l1": 2.0}] * 4)
+    health.losses(1, [{"l1": 0.01}] * 4)  # during warm-up
+    health.losses(6, [{"l1": 2.0}] * 4)
     for window in range(DIVERGING_WINDOWS - 1):
-        health.losses(5 + window, [{"l1": 40.0, "commitment": 2.0}])
-    with pytest.warns(UserWarning, match=r"the loss diverges: 42 at step 20 is 21 times its best, 2 at step 4"):
+        health.losses(10 + window, [{"l1": 40.0, "commitment": 2.0}])
+    with pytest.warns(UserWarning, match=r"the loss diverges: 42 at step 20 is 21 times its best, 2 at step 9"):
         health.losses(20, [{"l1": 40.0, "commitment": 2.0}])
     for window in range(2 * DIVERGING_WINDOWS):
         health.losses(21 + window, [{"l1": 40.0, "commitment": 2.0}])

@@ -32,7 +32,8 @@ class TrainConfig:
         betas: of AdamW.
         warmup_steps: of the learning rate; at most a tenth of `steps`.
         quantise_after: steps that the codec learns without its quantiser, whose codebooks then start from the latents of
-            several batches instead of those of an untrained encoder; 0: quantised from the first step on.
+            several batches instead of those of an untrained encoder; at most a quarter of `steps`. 0: quantised from the
+            first step on.
         clip_norm: largest norm of the gradient; 0: no clipping.
         precision: "bf16": the codec computes under autocast (quantisers stay in float32); "no": float32.
         weight_ema: decay of a moving average of the weights, which then is what is evaluated and kept; 0: none.
@@ -69,10 +70,6 @@ class TrainConfig:
             self._whole(name, 1)
         for name in ("warmup_steps", "quantise_after", "eval_every", "checkpoint_every", "seed"):
             self._whole(name, 0)
-        if self.quantise_after >= self.steps > 0:
-            raise ConfigError(
-                f"quantise_after is {self.quantise_after} of {self.steps} steps; give fewer, or the codebooks never learn"
-            )
         self._number("learning_rate", above=0.0)
         self._number("min_learning_rate", most=1.0)
         self._number("weight_decay")
@@ -107,6 +104,11 @@ class TrainConfig:
     def warmup(self) -> int:
         """Steps of the warm-up that takes place."""
         return min(self.warmup_steps, self.steps // 10)
+
+    @property
+    def unquantised(self) -> int:
+        """Steps without the quantiser that take place."""
+        return min(self.quantise_after, self.steps // 4)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ..., steps - 1."""

@@ -120,7 +120,7 @@ class Trainer:
         self.ema: dict[str, Tensor] = {}
         if config.weight_ema:
             self.ema = {name: p.detach().clone() for name, p in self.names.items()}
-        self.health = Health(self.codec.quantizer.sizes, max(config.warmup, 2 * config.quantise_after))
+        self.health = Health(self.codec.quantizer.sizes, max(config.warmup, 2 * config.unquantised))
         self.report = Report(
             self.accelerator,
             config,
@@ -173,7 +173,7 @@ class Trainer:
         config = self.config
         last = self.done == config.steps
         judging = self.judge is not None and (last or (config.eval_every > 0 and self.done % config.eval_every == 0))
-        judging = judging and self.done > config.quantise_after
+        judging = judging and self.done > config.unquantised
         saving = self.folder is not None and (
             last or stopping or (config.checkpoint_every > 0 and self.done % config.checkpoint_every == 0)
         )
@@ -189,10 +189,10 @@ class Trainer:
             group["lr"] = self.config.learning_rate_at(step)
         torch.manual_seed(_mixed(self.config.seed, step, self.accelerator.process_index))
         device = self.accelerator.device
-        if self.config.quantise_after:
+        if self.config.unquantised:
             for quantizer in self.quantizers:
-                quantizer.bypassed = step < self.config.quantise_after
-            if step == self.config.quantise_after:
+                quantizer.bypassed = step < self.config.unquantised
+            if step == self.config.unquantised:
                 self._start_codebooks(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.model(batch.to(device))

@@ -23,7 +23,7 @@ class Health:
 
     Args:
         sizes: K of each level.
-        warmup: steps before which codebooks are not judged.
+        warmup: first steps, in which neither the course of the loss nor the use of codes is judged.
     """
 
     def __init__(self, sizes: Sequence[int], warmup: int) -> None:
@@ -57,6 +57,8 @@ class Health:
                     " warmup_steps or a smaller clip_norm, and look at the data's extremes with actok inspect. The last"
                     " checkpoint, where there is a run folder, is from before"
                 )
+        if first <= self.warmup:
+            return
         mean = sum(sum(losses.values()) for losses in window) / len(window)
         last = first + len(window) - 1
         if mean < self.best:
