@@ -1,20 +1,20 @@
-"""QueST's skill autoencoder (Mete et al. 2024, arXiv 2407.15840, section 4.1): causal in time from end to end.
+"""QueST's skill autoencoder (Mete et al. 2024, arXiv 2407.15840, section 4.1): codes that are causal in time.
 
     actions [T, D] -> strided causal convolutions, one latent per `downsample` steps -> causal Transformer
             -> FSQ, one code a latent -> Transformer decoder: a query a step, which reads the codes -> [T, D]
 
-Slot j is a time: its code depends on the steps before (j + 1) * downsample, and step t is decoded from the codes up to
-slot t // downsample. So the codes of a motion's beginning do not change with its continuation, and the first j codes are
-enough for the first j * downsample steps. Every sequence decodes.
+Slot j is a time: its code depends on the steps before (j + 1) * downsample only, so the codes of a motion's beginning do
+not change with its continuation. Every sequence decodes.
 
 Loss: mean absolute error; FSQ adds none.
 
 What differs from the paper, or is not stated there:
 
-* The decoder's causal mask covers attention over the codes too, which makes the second half of the statement above true.
+* The decoder's causal mask is that of attention among the steps; every step reads all codes. (Were step t to read the
+  codes up to its own time only, one code would have to say where all joints are in the first `downsample` steps.)
 * One convolution of stride 2 for each halving (kernels of 5, then 3 steps) and one residual convolution after them.
 * Attention blocks are this library's: pre-norm, SwiGLU, rotary positions in the encoder, sinusoidal queries in the
-  decoder (the paper's kind).
+  decoder (the paper's kind), a learned vector added to each slot there.
 * A horizon that is no multiple of `downsample` is filled up with its last step, and cut after decoding.
 """
 
@@ -92,22 +92,25 @@ class Quest(Codec):
         self.convs = nn.ModuleList(
             TimeConv(width, width, 5 if i == 0 else 3, stride=2, causal=True) for i in range(halvings)
         )
+        # As in a residual network's start. With PyTorch's own, random biases outweigh the actions, latents of all chunks are
+        # nearly one, and FSQ's rounding hides the rest: whole dimensions then stay unlearnt for long.
+        for layer in [self.lift, *(conv.conv for conv in self.convs)]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
         self.mix = ConvBlock(width, 3, causal=True)
         self.encoder = Stack(config.encoder_depth, width, config.heads, rotary=True, dropout=config.dropout)
         self.quantizer = make_quantizer(config.quantizer, width)
+        self.place = nn.Parameter(torch.randn(2, self.slots, width) / 4)  # of each slot, in encoder and decoder
+        self.context_norm = nn.RMSNorm(width)
         self.decoder = Stack(config.decoder_depth, width, config.heads, context_width=width, dropout=config.dropout)
         self.head = nn.Linear(width, shape.channels)
-        step = torch.arange(shape.horizon)
-        seen = torch.arange(self.slots) <= (step // config.downsample)[:, None]
         self.register_buffer("queries", sinusoids(shape.horizon, width), persistent=False)
         self.register_buffer("earlier_slots", block_causal_mask([1] * self.slots), persistent=False)
         self.register_buffer("earlier_steps", block_causal_mask([1] * shape.horizon), persistent=False)
-        self.register_buffer("seen_slots", seen, persistent=False)
 
     queries: Tensor
     earlier_slots: Tensor
     earlier_steps: Tensor
-    seen_slots: Tensor
 
     def encode(self, batch: CodecBatch) -> Float[Tensor, "B S C"]:
         """See Codec.encode."""
@@ -117,12 +120,13 @@ class Quest(Codec):
         x = self.lift(x)
         for conv in self.convs:
             x = nn.functional.gelu(conv(x))
-        return self.encoder(self.mix(x), mask=self.earlier_slots)
+        return self.encoder(self.mix(x) + self.place[0], mask=self.earlier_slots)
 
     def decode(self, latents: Float[Tensor, "B S C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
         """See Codec.decode."""
-        queries = self.queries.expand(len(latents), -1, -1)
-        return self.head(self.decoder(queries, latents, mask=self.earlier_steps, context_mask=self.seen_slots))
+        queries = self.queries.expand(latents.shape[0], -1, -1)
+        codes = self.context_norm(latents + self.place[1])
+        return self.head(self.decoder(queries, codes, mask=self.earlier_steps))
 
 
 class QuestTokenizer(NeuralTokenizer):

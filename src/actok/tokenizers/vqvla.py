@@ -15,7 +15,7 @@ What differs from the paper, or is not stated there:
 * Group normalisation takes its statistics within each time step. Over all steps, as usual, it would tell early latents
   about late actions, and the convolutions would be causal in vain.
 * What is known of a position, its step and channel, is added as a learned vector for each, where values become features
-  and again before features become values.
+  and again where the decoder reaches the full resolution.
 * No attention in the middle; a residual block is two convolutions.
 * T and D are filled up to multiples of the stride, with the last step and with zeros, and cut after decoding.
 """
@@ -52,7 +52,7 @@ class VqVlaConfig:
 
     Attributes:
         widths: features at each resolution; each after the first halves both axes (the paper: 128, 256, 256, 512).
-        blocks: residual blocks at each resolution, in encoder and decoder each.
+        blocks: residual blocks at each resolution, in encoder and decoder each (the published code: 4).
         groups: of the normalisation (the paper: 32).
         latent_dim: channels of a latent (the paper: 128).
         quantizer: see `actok.quantizers.make_quantizer`.
@@ -60,7 +60,7 @@ class VqVlaConfig:
     """
 
     widths: tuple[int, ...] = (128, 256, 256, 512)
-    blocks: int = 4
+    blocks: tuple[int, ...] = (4, 4, 4, 4)
     groups: int = 32
     latent_dim: int = 128
     quantizer: Mapping[str, Any] = field(
@@ -69,7 +69,7 @@ class VqVlaConfig:
     normaliser: NormaliserKind = "quantile"
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "groups", "latent_dim"):
+        for name in ("groups", "latent_dim"):
             check_count(f"vqvla: {name}", getattr(self, name))
         if not isinstance(self.widths, tuple) or not self.widths:
             raise ConfigError(f"vqvla: widths is {self.widths!r}; give a list of numbers of features")
@@ -80,6 +80,13 @@ class VqVlaConfig:
                     f"vqvla: width {width} and {self.groups} groups; give widths that are at least twice the groups and"
                     " multiples of them"
                 )
+
+        if not isinstance(self.blocks, tuple) or len(self.blocks) != len(self.widths):
+            raise ConfigError(
+                f"vqvla: blocks is {self.blocks!r} for {len(self.widths)} widths; give one number a width"
+            )
+        for count in self.blocks:
+            check_count("vqvla: blocks", count, least=0)
 
     @property
     def stride(self) -> int:
@@ -96,6 +103,10 @@ class GridConv(nn.Module):
     def __init__(self, width: int, out: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, out, 3, stride=stride)
+        # Variance is kept and biases start at 0. PyTorch's own start shrinks signals by a third at every convolution until
+        # random biases outweigh them: all chunks then have nearly one latent, and learning starts late.
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="linear")
+        nn.init.zeros_(self.conv.bias)
         self.padding = (1, 2 - stride, 3 - stride, 0)  # channels before and after, steps before and after
 
     def forward(self, x: Float[Tensor, "B W T D"]) -> Float[Tensor, "B X t d"]:
@@ -117,17 +128,16 @@ class StepNorm(nn.Module):
 
 
 class Residual(nn.Module):
-    """Norm, SiLU, convolution, twice, and what came in."""
+    """Norm, SiLU, convolution, twice, added to what came in."""
 
-    def __init__(self, width: int, out: int, groups: int) -> None:
+    def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(StepNorm(groups, width), nn.SiLU(), GridConv(width, out))
-        self.second = nn.Sequential(StepNorm(groups, out), nn.SiLU(), GridConv(out, out))
-        self.skip = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
+        layers = [StepNorm(groups, width), nn.SiLU(), GridConv(width, width)]
+        self.body = nn.Sequential(*layers, StepNorm(groups, width), nn.SiLU(), GridConv(width, width))
 
-    def forward(self, x: Float[Tensor, "B W T D"]) -> Float[Tensor, "B X T D"]:
-        """[B, width, T, D] to [B, out, T, D]."""
-        return self.skip(x) + self.second(self.first(x))
+    def forward(self, x: Float[Tensor, "B W T D"]) -> Float[Tensor, "B W T D"]:
+        """Same shape."""
+        return x + self.body(x)
 
 
 class VqVla(Codec):
@@ -140,27 +150,18 @@ class VqVla(Codec):
         self.shape = shape
         self.times, self.parts = grid(config, shape)
         self.size = (self.times * config.stride, self.parts * config.stride)
-        widths, groups = config.widths, config.groups
-
-        def chain(width: int, out: int) -> nn.Sequential:
-            first = Residual(width, out, groups)
-            return nn.Sequential(first, *(Residual(out, out, groups) for _ in range(config.blocks - 1)))
-
+        widths, groups, last = config.widths, config.groups, config.widths[-1]
+        down: list[nn.Module] = []
+        up: list[nn.Module] = []
+        for (fine, coarse), count in zip(pairwise(widths), config.blocks[1:], strict=True):
+            down += [GridConv(fine, coarse, stride=2), *residuals(coarse, groups, count)]
+            up = [*residuals(coarse, groups, count), nn.Upsample(scale_factor=2), GridConv(coarse, fine), *up]
         self.lift = GridConv(1, widths[0])
-        stages: list[nn.Module] = [chain(widths[0], widths[0])]
-        for before, after in pairwise(widths):
-            stages += [GridConv(before, before, stride=2), chain(before, after)]
-        self.encoder = nn.Sequential(*stages)
-        self.to_latent = nn.Sequential(
-            StepNorm(groups, widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.latent_dim, 1)
-        )
-
-        self.from_latent = GridConv(config.latent_dim, widths[-1])
-        stages = [chain(widths[-1], widths[-1])]
-        for before, after in pairwise(widths[::-1]):
-            stages += [nn.Upsample(scale_factor=2), GridConv(before, after), chain(after, after)]
-        self.decoder = nn.Sequential(*stages)
-        self.settle = Residual(widths[0], widths[0], groups)
+        self.encoder = nn.Sequential(*residuals(widths[0], groups, config.blocks[0]), *down)
+        self.to_latent = nn.Sequential(StepNorm(groups, last), nn.SiLU(), nn.Conv2d(last, config.latent_dim, 1))
+        self.from_latent = GridConv(config.latent_dim, last)
+        self.decoder = nn.Sequential(*up)
+        self.settle = nn.Sequential(*residuals(widths[0], groups, config.blocks[0]))
         self.drop = nn.Sequential(StepNorm(groups, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 1, 1))
         # What a position is, for the encoder and for the decoder.
         self.step = nn.Parameter(0.02 * torch.randn(2, widths[0], shape.horizon, 1))
@@ -191,6 +192,11 @@ class VqVla(Codec):
     def reconstruction_losses(self, batch: CodecBatch, reconstruction: Float[Tensor, "B T D"]) -> dict[str, Tensor]:
         """Mean squared error over real steps and present channels."""
         return {"mse": masked_mean((reconstruction - batch.actions).square(), weights(batch))}
+
+
+def residuals(width: int, groups: int, count: int) -> list[nn.Module]:
+    """`count` residual blocks."""
+    return [Residual(width, groups) for _ in range(count)]
 
 
 def grid(config: VqVlaConfig, shape: CodecShape) -> tuple[int, int]:
