@@ -5,6 +5,8 @@ and one for each incomplete UTF-8 prefix of a character of the alphabet where at
 of characters still missing they decide everything: a token fits if it can be read from the state, completes no more
 characters than are missing, and leaves an unfinished character only if one is missing. Each character of the alphabet
 can be spelled by tokens of a single atom, so whatever passes this test can also be completed: the mask is exact.
+
+`RangeConstraint` is the same where each of the N characters has an alphabet of its own.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from actok.core import Constraint, TokenError
-from actok.signal.bpe import Bpe
+from actok.signal.bpe import FIRST_CHAR, Bpe
 
 NEVER = np.iinfo(np.int32).max
 
-__all__ = ["SpellingConstraint", "SpellingTables"]
+__all__ = ["RangeConstraint", "SpellingConstraint", "SpellingTables"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,3 +117,49 @@ class SpellingConstraint(Constraint):
 
     def done(self, state: Int[np.ndarray, "B 2"]) -> Bool[np.ndarray, "B"]:
         return (state[:, 0] == 0) & (state[:, 1] == 0)
+
+
+@final
+class RangeConstraint(Constraint):
+    """Sequences of BPE tokens that spell N symbols, of which each place takes its own range. A state is [B]: the place.
+
+    Every symbol is a token, so whatever fits where it stands can be completed: the mask is exact.
+
+    Args:
+        bpe: over code points FIRST_CHAR + symbol.
+        low, high: [N] first symbol and the one after the last at each place.
+    """
+
+    def __init__(self, bpe: Bpe, low: Int[np.ndarray, "N"], high: Int[np.ndarray, "N"]) -> None:
+        self.vocab_size, self._lengths = bpe.vocab_size, bpe.lengths
+        count, longest = len(low), int(bpe.lengths.max())
+        # Behind the end nothing fits.
+        lows, highs = (np.concatenate([a, np.zeros(longest + 1, np.int64)]) for a in (low, high))
+        self._fits = np.ones((count + 1, bpe.vocab_size), bool)
+        for i in range(longest):
+            tokens = np.flatnonzero(bpe.lengths > i)
+            symbols = bpe.atoms[bpe.starts[tokens] + i] - FIRST_CHAR
+            places = np.arange(count + 1) + i
+            self._fits[:, tokens] &= (symbols >= lows[places, None]) & (symbols < highs[places, None])
+
+    def start(self, batch: int = 1) -> Int[np.ndarray, "{batch}"]:
+        return np.zeros(batch, np.int64)
+
+    def allowed(self, state: Int[np.ndarray, "B"]) -> Bool[np.ndarray, "B V"]:
+        return self._fits[state]
+
+    def advance(self, state: Int[np.ndarray, "B"], ids: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+        ids = np.asarray(ids)
+        inside = (ids >= 0) & (ids < self.vocab_size)
+        known = np.where(inside, ids, 0)
+        bad = ~inside | ~self._fits[state, known]
+        if bad.any():
+            b = int(np.argmax(bad))
+            raise TokenError(
+                f"token {ids[b]} of sequence {b} is not allowed after {state[b]} of {len(self._fits) - 1} codes; use"
+                " allowed(state)"
+            )
+        return state + self._lengths[known]
+
+    def done(self, state: Int[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
+        return state == len(self._fits) - 1

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self, final
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -41,12 +41,12 @@ from actok.core import (
     Constraint,
     FitPart,
     SpaceMismatchError,
-    TokenError,
     TokenLayout,
 )
 from actok.core.config import merge_settings
 from actok.nn.transformer import FeedForward
 from actok.quantizers import Quantised, Quantizer, Usage, make_quantizer
+from actok.signal.automaton import RangeConstraint
 from actok.signal.bpe import FIRST_CHAR, LARGEST_ALPHABET, Bpe, read_bpe, train_bpe
 from actok.signal.bspline import control_points, design_matrix
 from actok.signal.normalise import NormaliserKind
@@ -58,7 +58,7 @@ from actok.tokenizers.neural import NeuralTokenizer
 BPE_FILE = "bpe.json"
 CLASSES = ("position", "rotation", "gripper")
 
-__all__ = ["OmniSatCodec", "OmniSatConfig", "OmniSatTokenizer", "RangeConstraint"]
+__all__ = ["OmniSatCodec", "OmniSatConfig", "OmniSatTokenizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ class PartQuantizer(Quantizer):
 
 
 class Perceptron(nn.Module):
-    """`depth` residual feed-forward blocks between two linear maps; what the blocks add nothing to passes linearly."""
+    """`depth` residual feed-forward blocks between two linear maps."""
 
     def __init__(self, inputs: int, outputs: int, width: int, depth: int) -> None:
         super().__init__()
@@ -437,49 +437,3 @@ def _fault(symbols: Int[np.ndarray, "n"], low: Int[np.ndarray, "N"], high: Int[n
         i = int(np.argmax(outside))
         return f"code {i} of {len(low)} is symbol {symbols[i]}, outside {low[i]}..{high[i] - 1} of its part"
     return None
-
-
-@final
-class RangeConstraint(Constraint):
-    """Sequences of BPE tokens that spell N symbols, of which each place takes its own range. A state is [B]: the place.
-
-    Every symbol is a token, so whatever fits where it stands can be completed: the mask is exact.
-
-    Args:
-        bpe: over code points FIRST_CHAR + symbol.
-        low, high: [N] first symbol and the one after the last at each place.
-    """
-
-    def __init__(self, bpe: Bpe, low: Int[np.ndarray, "N"], high: Int[np.ndarray, "N"]) -> None:
-        self.vocab_size, self._lengths = bpe.vocab_size, bpe.lengths
-        count, longest = len(low), int(bpe.lengths.max())
-        # Behind the end nothing fits.
-        lows, highs = (np.concatenate([a, np.zeros(longest + 1, np.int64)]) for a in (low, high))
-        self._fits = np.ones((count + 1, bpe.vocab_size), bool)
-        for i in range(longest):
-            tokens = np.flatnonzero(bpe.lengths > i)
-            symbols = bpe.atoms[bpe.starts[tokens] + i] - FIRST_CHAR
-            places = np.arange(count + 1) + i
-            self._fits[:, tokens] &= (symbols >= lows[places, None]) & (symbols < highs[places, None])
-
-    def start(self, batch: int = 1) -> Int[np.ndarray, "{batch}"]:
-        return np.zeros(batch, np.int64)
-
-    def allowed(self, state: Int[np.ndarray, "B"]) -> Bool[np.ndarray, "B V"]:
-        return self._fits[state]
-
-    def advance(self, state: Int[np.ndarray, "B"], ids: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
-        ids = np.asarray(ids)
-        inside = (ids >= 0) & (ids < self.vocab_size)
-        known = np.where(inside, ids, 0)
-        bad = ~inside | ~self._fits[state, known]
-        if bad.any():
-            b = int(np.argmax(bad))
-            raise TokenError(
-                f"token {ids[b]} of sequence {b} is not allowed after {state[b]} of {len(self._fits) - 1} codes; use"
-                " allowed(state)"
-            )
-        return state + self._lengths[known]
-
-    def done(self, state: Int[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
-        return state == len(self._fits) - 1
