@@ -92,7 +92,7 @@ PRESETS = ("vqbet", "minivla", "vqvla", "quest", "oat", "boat", "carp", "omnisat
 MATCHED: Mapping[str, Mapping[str, Any]] = {
     "vqbet": {"quantizer": {"levels": 21, "codes": 4096}},
     "vqvla": {"quantizer": {"levels": 7, "codes": 4096}},  # of 3 latents
-    "quest": {"downsample": 1, "quantizer": {"levels": [7, 5, 5, 5, 5]}},  # 20 tokens of 4375 codes
+    "quest": {"downsample": 1, "quantizer": {"kind": "vq", "codes": 4096}},  # 20 tokens
     "oat": {"registers": 25},  # of 1000 codes
     "actioncodec": {"tokens": 21, "quantizer": {"codes": 4096}},
 }

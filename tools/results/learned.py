@@ -14,7 +14,7 @@ from actok.core.files import write_bytes
 from results import fastervq
 from results.curves import curve, figures, read_off
 from results.jobs import HORIZON, JOBS, calibrated_steps
-from results.places import CLOSED_FORM, SEED, Places, portable
+from results.places import CLOSED_FORM, RATIOS, SEED, Places, portable
 from results.training import finished, tokenizer_folder
 
 COMMAND = "make results DATA_ROOT=..."
@@ -200,8 +200,10 @@ def index_page(measured: Sequence[Measured], places: Places) -> str:
         "* [FASTerVQ](fastervq.md): against FAST, code use, ablations, scaling, left-out robots",
         "* [Training](training.md): steps, seconds, parameters",
         "",
-        "| data | D | Hz | T | s | test chunks | steps |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "share: of a training batch, where a tokenizer is trained on all (about the square root of a data set's size).",
+        "",
+        "| data | D | Hz | T | s | test chunks | steps | share |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in measured:
         facts = one.results["datasets"][0]
@@ -209,7 +211,7 @@ def index_page(measured: Sequence[Measured], places: Places) -> str:
         lines.append(
             f"| [{one.name}]({one.name}.md) | {facts['space']['dim']} | {facts['space']['rate_hz'] or '-'} |"
             f" {facts['horizon']} | {seconds} | {facts['test_chunks']['used']} of {facts['test_chunks']['of']} |"
-            f" {facts['frames']} |"
+            f" {facts['frames']} | {RATIOS[one.name] / sum(RATIOS.values()):.0%} |"
         )
     lines += ["", "| trained | preset | settings | data | steps |", "|---|---|---|---|---:|"]
     for name, job in JOBS.items():

@@ -225,7 +225,7 @@ def _calibrate(names: Sequence[str], places: Places, say: Callable[[str], None])
     from actok.training.config import train_config
     from actok.training.engine import Trainer
     from actok.training.fitting import load_material
-    from actok.training.sources import Source
+    from actok.training.sources import Source as Drawn
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)  # on dimensions that never change: said when it is trained
@@ -245,10 +245,11 @@ def _calibrate(names: Sequence[str], places: Places, say: Callable[[str], None])
         target = load_target(find_preset(job.preset).target)
         config = build_config(target.config_class, settings, name)
         tokenizer = target.prepare([m.train for m in used], config, seed=SEED)
-        chunks = [Source.of_chunks(m.pool, m.train.space.embodiment) for m in used]
+        chunks = [Drawn.of_chunks(m.pool, m.train.space.embodiment) for m in used]
         seconds = []
         for steps in (UNTIMED, UNTIMED + TIMED):
-            trainer = Trainer(tokenizer, chunks, train_config({}, {**training, "steps": steps}, name), progress=False)
+            timed = train_config({}, {**training, "steps": steps}, name)
+            trainer = Trainer(tokenizer, chunks, timed, ratios=[RATIOS[s.name] for s in sources], progress=False)
             begin = time.process_time()
             trainer.run()
             seconds.append(time.process_time() - begin)
