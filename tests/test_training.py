@@ -383,6 +383,25 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, monkeypatch, ending):
     assert again.weights_hash == whole.weights_hash
 
 
+def test_the_best_weights_outlive_an_interruption(tmp_path, monkeypatch):
+    """The smallest error is found before the run is stopped, larger ones after it goes on."""
+    errors = iter([3.0, 1.0, 2.0, 2.5, 4.0])
+
+    def judged(tokenizer, datasets):
+        return {"l1": next(errors), "vrr": {"0.03": 0.5}, "codes_used": [1.0]}
+
+    monkeypatch.setattr("actok.training.learned.judge", judged)
+    options = {"horizon": 7, "progress": False, "run": tmp_path / "run", "training": {"eval_every": 3}}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(TrainingStopped):
+            fit("tiny", episodes(40), **options)
+    best = read_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints")).tensors["best"]
+    tokenizer = fit("tiny", episodes(40), resume=True, **options)
+    assert tokenizer.meta["training"]["validation"]["step"] == 6
+    assert all(torch.equal(value, best[name]) for name, value in tokenizer.codec.state_dict().items())
+
+
 def test_a_run_is_resumed_as_what_it_was_only(tmp_path, monkeypatch):
     run = tmp_path / "run"
     data = episodes(40)

@@ -56,7 +56,7 @@ def end_of(process: subprocess.Popen) -> str:
 
 def test_sigterm_saves_and_resume_goes_on_to_the_same_end(data, tmp_path):
     out, run = tmp_path / "tok", tmp_path / "tok-run"
-    steps = ["--steps", "400", "--train", "log_every=10", "eval_every=200", "--lr", "0.002"]
+    steps = ["--steps", "200", "--train", "log_every=10", "eval_every=100", "--lr", "0.002"]
     process = start(command(data, out, *steps, "--track", "tensorboard"))
     before = time.monotonic()
     while not (run / "log.jsonl").exists() and time.monotonic() - before < 60:
@@ -66,9 +66,9 @@ def test_sigterm_saves_and_resume_goes_on_to_the_same_end(data, tmp_path):
     assert process.returncode == 130, errors
     last = errors.strip().splitlines()[-1]
     stopped = lines(run)[-1]["step"]
-    assert 10 <= stopped < 400
+    assert 10 <= stopped < 200
     assert last == (
-        f"actok: interrupted: stopped after step {stopped} of 400, saved in {run}; the same command with --resume goes on"
+        f"actok: interrupted: stopped after step {stopped} of 200, saved in {run}; the same command with --resume goes on"
     )
     assert not out.exists()
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{stopped:09d}"]
@@ -79,14 +79,14 @@ def test_sigterm_saves_and_resume_goes_on_to_the_same_end(data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert f"going on after step {stopped}" in done.stderr
-    assert "step 400 of 400: loss" in done.stderr
+    assert "step 400 of 200: loss" in done.stderr
     assert "validation episodes: l1" in done.stdout
     assert f"actok inspect {out}" in done.stdout
     whole = actok.fit(
         "vqbet-tiny",
         str(data),
         horizon=7,
-        training={"steps": 400, "eval_every": 200, "learning_rate": 0.002, "batch_size": 24},
+        training={"steps": 200, "eval_every": 100, "learning_rate": 0.002, "batch_size": 24},
         progress=False,
         hidden=16,
         latent_dim=8,

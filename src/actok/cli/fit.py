@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +97,9 @@ def _tell(args: argparse.Namespace, tokenizer: Any) -> None:
         f"{args.name} saved in {folder} (hash {tokenizer.weights_hash[:12]}); look at it with: actok inspect {args.out}"
     )
     if "training" in tokenizer.meta:
-        print(f"judge it on the test episodes with: actok bench --data ... --tokenizers {args.out} --out DIR")
+        print(
+            f"judge it on the test episodes with: actok bench --data {shlex.join(args.data)} --tokenizers {args.out} --out DIR"
+        )
 
 
 def _training_text(summary: Mapping[str, Any]) -> str:
