@@ -94,9 +94,11 @@ class Quest(Codec):
         )
         # As in a residual network's start. With PyTorch's own, random biases outweigh the actions, latents of all chunks are
         # nearly one, and FSQ's rounding hides the rest: whole dimensions then stay unlearnt for long.
-        for layer in [self.lift, *(conv.conv for conv in self.convs)]:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        for value in [*self.lift.parameters(), *self.convs.parameters()]:
+            if value.ndim > 1:
+                nn.init.kaiming_normal_(value, nonlinearity="relu")
+            else:
+                nn.init.zeros_(value)
         self.mix = ConvBlock(width, 3, causal=True)
         self.encoder = Stack(config.encoder_depth, width, config.heads, rotary=True, dropout=config.dropout)
         self.quantizer = make_quantizer(config.quantizer, width)

@@ -103,9 +103,10 @@ class GridConv(nn.Module):
     def __init__(self, width: int, out: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, out, 3, stride=stride)
-        # Variance is kept and biases start at 0. PyTorch's own start shrinks signals by a third at every convolution until
+        # Variance is kept and biases start at 0. PyTorch's own start leaves a third of a signal's variance at every convolution until
         # random biases outweigh them: all chunks then have nearly one latent, and learning starts late.
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="linear")
+        assert self.conv.bias is not None
         nn.init.zeros_(self.conv.bias)
         self.padding = (1, 2 - stride, 3 - stride, 0)  # channels before and after, steps before and after
 
