@@ -30,21 +30,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from actok.core import ActionSpace, CodecBatch, CodecOutput, ConfigError
-from actok.signal.normalise import NormaliserKind
-from actok.tokenizers.codec import Codec, CodecShape  # first: it says if torch is missing
-from actok.tokenizers.embodiments import Embodiment
-from actok.tokenizers.neural import NeuralTokenizer
-
-import torch  # isort: skip
-from torch import Tensor, nn  # isort: skip
-
 from actok.nn.slots import SlotLinear
 from actok.nn.transformer import Attention, FeedForward
 from actok.quantizers import make_quantizer
 from actok.quantizers.base import check_count, check_range
+from actok.signal.normalise import NormaliserKind
+from actok.tokenizers.codec import Codec, CodecShape
+from actok.tokenizers.embodiments import Embodiment
+from actok.tokenizers.neural import NeuralTokenizer
 
 __all__ = ["ActionCodec", "ActionCodecConfig", "ActionCodecTokenizer"]
 

@@ -27,21 +27,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from actok.core import CodecBatch, ConfigError, TokenLayout
-from actok.signal.normalise import NormaliserKind
-from actok.tokenizers.codec import Codec, CodecShape, masked_mean, weights  # first: it says if torch is missing
-from actok.tokenizers.embodiments import Embodiment
-from actok.tokenizers.neural import NeuralTokenizer
-
-import torch  # isort: skip
-from torch import Tensor, nn  # isort: skip
-
 from actok.nn.slots import SlotLinear
 from actok.nn.transformer import Stack, block_causal_mask, sinusoids
 from actok.quantizers import make_quantizer
 from actok.quantizers.base import check_count
+from actok.signal.normalise import NormaliserKind
+from actok.tokenizers.codec import Codec, CodecShape, masked_mean, weights
+from actok.tokenizers.embodiments import Embodiment
+from actok.tokenizers.neural import NeuralTokenizer
 
 __all__ = ["Oat", "OatConfig", "OatTokenizer"]
 

@@ -24,21 +24,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
+from torch import Tensor, nn
 
 from actok.core import CodecBatch, ConfigError
-from actok.signal.normalise import NormaliserKind
-from actok.tokenizers.codec import Codec, CodecShape  # first: it says if torch is missing
-from actok.tokenizers.embodiments import Embodiment
-from actok.tokenizers.neural import NeuralTokenizer
-
-import torch  # isort: skip
-from torch import Tensor, nn  # isort: skip
-
 from actok.nn.convolution import ConvBlock, TimeConv
 from actok.nn.transformer import Stack, block_causal_mask, sinusoids
 from actok.quantizers import make_quantizer
 from actok.quantizers.base import check_count, check_range
+from actok.signal.normalise import NormaliserKind
+from actok.tokenizers.codec import Codec, CodecShape
+from actok.tokenizers.embodiments import Embodiment
+from actok.tokenizers.neural import NeuralTokenizer
 
 __all__ = ["Quest", "QuestConfig", "QuestTokenizer"]
 

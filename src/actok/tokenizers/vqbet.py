@@ -21,17 +21,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
+from torch import Tensor, nn
 
 from actok.core import CodecBatch
-from actok.signal.normalise import NormaliserKind
-from actok.tokenizers.codec import Codec, CodecShape  # first: it says if torch is missing
-from actok.tokenizers.embodiments import Embodiment
-from actok.tokenizers.neural import NeuralTokenizer
-
-from torch import Tensor, nn  # isort: skip
-
 from actok.quantizers import make_quantizer
 from actok.quantizers.base import check_count
+from actok.signal.normalise import NormaliserKind
+from actok.tokenizers.codec import Codec, CodecShape
+from actok.tokenizers.embodiments import Embodiment
+from actok.tokenizers.neural import NeuralTokenizer
 
 __all__ = ["VqBet", "VqBetConfig", "VqBetTokenizer"]
 

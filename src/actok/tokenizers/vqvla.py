@@ -28,20 +28,18 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from actok.core import CodecBatch, ConfigError
-from actok.signal.normalise import NormaliserKind
-from actok.tokenizers.codec import Codec, CodecShape, masked_mean, weights  # first: it says if torch is missing
-from actok.tokenizers.embodiments import Embodiment
-from actok.tokenizers.neural import NeuralTokenizer
-
-import torch  # isort: skip
-from torch import Tensor, nn  # isort: skip
-from torch.nn import functional as F  # isort: skip
-
 from actok.quantizers import make_quantizer
 from actok.quantizers.base import check_count
+from actok.signal.normalise import NormaliserKind
+from actok.tokenizers.codec import Codec, CodecShape, masked_mean, weights
+from actok.tokenizers.embodiments import Embodiment
+from actok.tokenizers.neural import NeuralTokenizer
 
 __all__ = ["VqVla", "VqVlaConfig", "VqVlaTokenizer"]
 
