@@ -41,6 +41,8 @@ class Graph(nn.Module):
         constants["centre_high"] = torch.from_numpy(high)
         constants["centre_low"] = _float32(normaliser.centre - high)
         constants["half"] = _float32(normaliser.half)
+        # What never changed decodes to its centre, whatever the network says.
+        constants["reach"] = _float32(np.where(normaliser.constant, 0.0, normaliser.half))
         for key, value in constants.items():
             self.register_buffer(f"_{key}", value)
 
@@ -126,7 +128,7 @@ class DecoderGraph(Graph):
         if self.kept is not None:
             ids = F.pad(ids, (0, 1))[:, self.places]
         y = self.codec.detokenize(ids, self.batch(ids.shape[0], None))[:, :, : self.dim]
-        y = (y * self.constant("half") + self.constant("centre_low")) + self.constant("centre_high")
+        y = (y * self.constant("reach") + self.constant("centre_low")) + self.constant("centre_high")
         if self.limited:
             y = torch.minimum(torch.maximum(y, self.low), self.high)
         if self.rotations:

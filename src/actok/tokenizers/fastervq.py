@@ -119,7 +119,7 @@ class PatchMixer(nn.Module):
             self.feed_norm = nn.RMSNorm(width)
             self.feed = FeedForward(width)
 
-    def forward(self, x: Float[Tensor, "B m n W"], seen: Bool[Tensor, "B 1 1 L"]) -> Float[Tensor, "B m n W"]:
+    def forward(self, x: Float[Tensor, "B m n W"], seen: Bool[Tensor, "#B 1 1 L"]) -> Float[Tensor, "B m n W"]:
         """`seen`: which of the L = m n patches are there."""
         count, steps, groups, width = x.shape
         if self.kind == "attention":
@@ -248,22 +248,32 @@ class FasterVq(Codec):
         out = x.new_zeros(*x.shape[:2], self.shape.channels + 1)
         return out.scatter(2, index, x)[:, :, 1:]
 
-    def describe(self, batch: CodecBatch, side: int) -> Float[Tensor, "B m n W"]:
+    @staticmethod
+    def groups(batch: CodecBatch) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+        """Kind and number of each group, and one row of them (b = 1) where the batch holds one table for all chunks.
+
+        A batch of one embodiment does (`NeuralTokenizer.batch`); what depends on nothing else is then worked out once.
+        """
+        kind, which = batch.structure["kind"], batch.structure["which"]
+        shared = kind.stride(0) == which.stride(0) == 0
+        return (kind[:1], which[:1]) if shared else (kind, which)
+
+    def describe(self, batch: CodecBatch, side: int) -> Float[Tensor, "b m n W"]:
         """Embedding of what each patch is, for the encoder (side 0) or decoder (side 1)."""
-        s = batch.structure
-        what = (self.kind(s["kind"]) + self.which(s["which"])).chunk(2, -1)[side]
+        kind, which = self.groups(batch)
+        what = (self.kind(kind) + self.which(which)).chunk(2, -1)[side]
         return self.time[side] + what[:, None]
 
-    def keys(self, batch: CodecBatch, side: int) -> Float[Tensor, "B L W"]:
+    def keys(self, batch: CodecBatch, side: int) -> Float[Tensor, "b L W"]:
         """Key of each patch for resampling, 0 where it is absent."""
-        s = batch.structure
-        what = (self.kind_key(s["kind"]) * self.which_key(s["which"])).chunk(2, -1)[side]
-        what = what * (s["kind"] > 0)[:, :, None]
+        kind, which = self.groups(batch)
+        what = (self.kind_key(kind) * self.which_key(which)).chunk(2, -1)[side]
+        what = what * (kind > 0)[:, :, None]
         return (self.time_key[side] * what[:, None]).flatten(1, 2)
 
-    def seen(self, batch: CodecBatch) -> Bool[Tensor, "B 1 1 L"]:
+    def seen(self, batch: CodecBatch) -> Bool[Tensor, "b 1 1 L"]:
         """Which patches are there."""
-        return (batch.structure["kind"] > 0).repeat(1, self.steps)[:, None, None]
+        return (self.groups(batch)[0] > 0).repeat(1, self.steps)[:, None, None]
 
     # -- codec ----------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -96,6 +96,13 @@ class NeuralTokenizer(TokenizerBase):
         self._structures = {
             name: self.codec_class.structure(self.config, e.space, self.shape) for name, e in self._embodiments.items()
         }
+        self._facts: dict[tuple[Hashable, ...], Any] = {}
+
+    def _once(self, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+        """What follows from config and embodiments is worked out once: a single chunk would wait for it at every call."""
+        if key not in self._facts:
+            self._facts[key] = make()
+        return self._facts[key]
 
     def to(self, device: Any) -> Self:
         """Move the codec; encoding and decoding then compute there. Returns this same tokenizer."""
@@ -140,9 +147,23 @@ class NeuralTokenizer(TokenizerBase):
         )
 
     def _blank(self, count: int, embodiment: Embodiment, present: Bool[np.ndarray, "{count} _"] | None) -> CodecBatch:
-        """What decoding knows of chunks: everything but their values."""
-        zeros = np.zeros((count, self._horizon, embodiment.space.dim), np.float32)
-        return self.batch(zeros, embodiment.space.embodiment, present=present)
+        """What decoding knows of chunks, everything but their values, on the codec's device."""
+        name, dim = embodiment.space.embodiment, embodiment.space.dim
+        device = next(self.codec.parameters()).device
+        one = self._once(
+            ("blank", name, device), lambda: self.batch(np.zeros((1, self._horizon, dim), np.float32), name).to(device)
+        )
+        batch = CodecBatch(
+            actions=one.actions.expand(count, -1, -1),
+            present=one.present.expand(count, -1),
+            real=one.real.expand(count, -1),
+            embodiment=one.embodiment.expand(count),
+            structure={key: table[0].expand(count, *table.shape[1:]) for key, table in one.structure.items()},
+        )
+        if present is None:
+            return batch
+        mask = torch.nn.functional.pad(torch.from_numpy(present), (0, self.shape.channels - dim))
+        return replace(batch, present=mask.to(device))
 
     # -- encode, decode -------------------------------------------------------------------------------------------
 
@@ -174,9 +195,9 @@ class NeuralTokenizer(TokenizerBase):
                 )
                 ids = self.codec.tokenize(batch.to(device)).cpu().numpy()
                 found.append(ids if kept is None else ids[:, kept])
-        one = self._window_layout(embodiment).max_len
+        one = self._one_window(embodiment).max_len
         ids = np.concatenate(found).reshape(count, windows * one) if found else np.zeros((0, windows * one), np.int64)
-        flat = ids[:, self._order(windows, embodiment)].reshape(-1)
+        flat = ids[:, self._sequence(windows, embodiment)].reshape(-1)
         return Encoded(flat=flat, offsets=np.arange(count + 1) * (windows * one), saturated=np.zeros(count, np.int64))
 
     def _decode(
@@ -217,8 +238,11 @@ class NeuralTokenizer(TokenizerBase):
         windows = self._windows(horizon)
         count, length = ids.shape
         # Of every window the ids that are there, in the window's own order.
-        order = self._order(windows, embodiment)[:length]
-        by_window = ids[:, np.argsort(order, kind="stable")].reshape(count * windows, length // windows)
+        back = self._once(
+            ("back", windows, length, embodiment.space.embodiment),
+            lambda: np.argsort(self._sequence(windows, embodiment)[:length], kind="stable"),
+        )
+        by_window = ids[:, back].reshape(count * windows, length // windows)
         if (kept := self._kept(embodiment)) is not None:
             places = np.append(np.flatnonzero(kept), len(kept))  # a prefix ends where the next token would stand
             whole = np.zeros((len(by_window), places[by_window.shape[1]]), np.int64)
@@ -231,7 +255,7 @@ class NeuralTokenizer(TokenizerBase):
             for i in range(0, len(by_window), ROWS):
                 some = torch.from_numpy(np.ascontiguousarray(by_window[i : i + ROWS], np.int64)).to(device)
                 blank = self._blank(len(some), embodiment, None if mask is None else mask[i : i + ROWS])
-                found.append(self.codec.detokenize(some, blank.to(device)).float().cpu().numpy())
+                found.append(self.codec.detokenize(some, blank).float().cpu().numpy())
         dim = embodiment.space.dim
         chunks = np.concatenate(found)[:, :, :dim].reshape(count, windows * self._horizon, dim)[:, :horizon]
         return np.where(embodiment.normaliser.constant, np.float32(0), chunks)  # what never changed stays exact
@@ -271,7 +295,7 @@ class NeuralTokenizer(TokenizerBase):
 
     def _order(self, windows: int, embodiment: Embodiment) -> Int[np.ndarray, "N"]:
         """Position n of the sequence holds the id at [order[n]] of the windows' sequences put one after another."""
-        one = self._window_layout(embodiment)
+        one = self._one_window(embodiment)
         window, place = np.divmod(np.arange(windows * one.max_len), one.max_len)
         if self.codec.order == "slot":
             return window * one.max_len + place
@@ -281,15 +305,33 @@ class NeuralTokenizer(TokenizerBase):
         """See ActionTokenizer.layout_for."""
         known = self.embodiment(embodiment)
         windows = self._windows(self._resolve_horizon(horizon, ChunkContext()))
-        one = self._window_layout(known)
+        layout: TokenLayout = self._once(
+            ("layout", windows, known.space.embodiment), lambda: self._layout_of(windows, known)
+        )
+        return layout
+
+    def _one_window(self, embodiment: Embodiment) -> TokenLayout:
+        layout: TokenLayout = self._once(
+            ("window", embodiment.space.embodiment), lambda: self._window_layout(embodiment)
+        )
+        return layout
+
+    def _sequence(self, windows: int, embodiment: Embodiment) -> Int[np.ndarray, "N"]:
+        order: np.ndarray = self._once(
+            ("order", windows, embodiment.space.embodiment), lambda: self._order(windows, embodiment)
+        )
+        return order
+
+    def _layout_of(self, windows: int, embodiment: Embodiment) -> TokenLayout:
+        one = self._one_window(embodiment)
         if windows == 1:
             return one
-        order = self._order(windows, known)
+        order = self._sequence(windows, embodiment)
         window, place = np.divmod(order, one.max_len)
         coords = one.coords[place]
         coords[:, 1] += window * (one.coords[:, 1].max() + 1)
         sizes = [len(b) for b in one.blocks]
-        if len(set(sizes[:-1])) > 1:  # blocks that grow: each takes in its counterpart of every window
+        if len({*sizes[:-1]}) > 1 or sizes[-1] > sizes[0]:  # blocks that grow: each takes in its counterpart of every window
             ends = np.cumsum([0] + [s * windows for s in sizes])
         else:
             ends = np.append(np.arange(0, len(order), sizes[0]), len(order))
