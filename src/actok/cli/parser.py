@@ -70,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     v = verb("export", "write a learned tokenizer as ONNX files: raw actions to ids, ids to raw actions", "export")
     v.add_argument("tokenizer", metavar="DIR", help="saved tokenizer, or Hub id")
-    v.add_argument("--out", required=True, metavar="FOLDER", help="writes encoder.onnx, decoder.onnx, export.json there")
+    v.add_argument(
+        "--out", required=True, metavar="FOLDER", help="writes encoder.onnx, decoder.onnx, export.json there"
+    )
     v.add_argument("--embodiment", metavar="NAME", help="whose normaliser and limits (default: the tokenizer's first)")
 
     v = verb("inspect", "show what a saved tokenizer is, or what a dataset holds", "inspect")
