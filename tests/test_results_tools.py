@@ -72,13 +72,15 @@ def test_matched_jobs_spend_about_the_bits_of_fastervq(name):
     from actok.core import ActionSpace, FitPart
     from actok.signal.statistics import Statistics
 
-    chunks = np.random.default_rng(0).normal(size=(53, HORIZON, 7)).astype(np.float32)
     job = JOBS[name]
     target = load_target(find_preset(job.preset).target)
     config = build_config(target.config_class, job.resolved(103)[0], name)
-    space = ActionSpace.raw(7)
-    part = FitPart(actions=chunks, space=space, statistics=Statistics.from_array(chunks.reshape(-1, 7)))
-    layout = target.prepare([part], config).layout_for(HORIZON)
+    parts = []
+    for dim in (7, 28):  # the widest of the data sets makes VQ-VLA's latents
+        chunks = np.random.default_rng(0).normal(size=(53, HORIZON, dim)).astype(np.float32)
+        statistics = Statistics.from_array(chunks.reshape(-1, dim))
+        parts.append(FitPart(actions=chunks, space=ActionSpace.raw(dim, f"robot{dim}"), statistics=statistics))
+    layout = target.prepare(parts, config).layout_for(HORIZON, "robot7")
     assert np.log2(layout.vocab).sum() == pytest.approx(252, rel=0.05)
 
 

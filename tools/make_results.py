@@ -73,3 +73,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except ActokError as error:
         sys.exit(f"make_results: {error}")
+    except KeyboardInterrupt:
+        print("make_results: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)

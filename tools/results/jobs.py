@@ -88,10 +88,10 @@ def _data(name: str, part: str, *, only: Sequence[str] = (), without: Sequence[s
 
 
 PRESETS = ("vqbet", "minivla", "vqvla", "quest", "oat", "boat", "carp", "omnisat", "actioncodec")
-# About the 252 bits a chunk of FASTerVQ's 21 tokens of 4096 codes, where D is at most 8.
+# About the 252 bits a chunk of FASTerVQ's 21 tokens of 4096 codes.
 MATCHED: Mapping[str, Mapping[str, Any]] = {
     "vqbet": {"quantizer": {"levels": 21, "codes": 4096}},
-    "vqvla": {"quantizer": {"levels": 7, "codes": 4096}},  # of 3 latents
+    "vqvla": {"quantizer": {"levels": 2, "codes": 1448}},  # of 3 x 4 latents, which 28 dimensions make
     "quest": {"downsample": 1, "quantizer": {"kind": "vq", "codes": 4096}},  # 20 tokens
     "oat": {"registers": 25},  # of 1000 codes
     "actioncodec": {"tokens": 21, "quantizer": {"codes": 4096}},

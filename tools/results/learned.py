@@ -99,11 +99,12 @@ def _conditions(p: Mapping[str, Any]) -> str:
 def dataset_page(one: Measured) -> str:
     """Every tokenizer at its own setting, each learned one beside the closed-form ones at its bits, and replay."""
     results = {**one.results, "replay": one.replay}
+    alone = [u["tokenizer"] for u in one.results["results"] if getattr(JOBS.get(u["tokenizer"]), "only", ())]
+    except_for = f" ({', '.join(alone)}: on this one alone)" if alone else ""
     text = (
         f"# {one.name}, chunks of {HORIZON} steps\n\n{_conditions(one.results['provenance'])} [Figures as"
         f" JSON]({one.name}.json); columns: [metrics](../../metrics.md); what each name is: [index](README.md). Learned"
-        " tokenizers were trained on all data sets together (fastervq-120: on this one alone), closed-form ones fitted on"
-        " this one; fast_plus is as published.\n\n"
+        f" tokenizers were trained on all data sets together{except_for}, closed-form ones fitted on this one; fast_plus is as published.\n\n"
     )
     text += text_table(results, markdown=True) + "\n\n" + matched_table(one)
     if one.replay is not None:
@@ -174,13 +175,14 @@ def training_page(trained: Mapping[str, Mapping[str, Any]]) -> str:
             f" {best['l1'] if best else float('nan'):.4f} | {used} |"
         )
     lines += ["", "codes used: mean over levels and data sets, on at most 256 validation chunks of each.", ""]
-    lines += [f"* {name}: {text}" for name, facts in trained.items() for text in facts["training"]["warnings"]]
+    warned = [f"* {name}: {text}" for name, facts in trained.items() for text in facts["training"]["warnings"]]
+    lines += [*warned, ""] if warned else []
     made: dict[str, list[str]] = {}
     for name, facts in trained.items():
         c = facts["conditions"]
         what = f"commit {c['commit'] or 'unknown'}, {c['cpu']}, {c['cores']} cores, torch {c['packages']['torch']}"
         made.setdefault(what, []).append(name)
-    lines += ["", *(f"{what}, seed {SEED}: {', '.join(names)}." for what, names in made.items())]
+    lines += [f"* {what}, seed {SEED}: {', '.join(names)}" for what, names in made.items()]
     return "\n".join(lines)
 
 
