@@ -257,6 +257,8 @@ def test_causal_convolution_sees_all_of_its_own_stride_and_nothing_later(kernel,
         ("quest", {"heads": 5}, "256 and 5 heads"),
         ("quest", {"dropout": 1.0}, "dropout is 1.0"),
         ("quest", {"quantizer": {"kind": "residul"}}, "'residul'; did you mean 'residual'"),
+        ("quest", {"quantizer": "fsq"}, r"quantizer is 'fsq'; .* quantizer\.kind=fsq"),
+        ("quest", {"quantizer": {"kind": "multi_scale", "scales": [1, 3]}}, "makes 4 code slots of the 3"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(name, settings, message):

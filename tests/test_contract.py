@@ -403,6 +403,9 @@ def test_bad_input_is_named(tokenizer):
         tokenizer.decode(ids, repair="magic")
     with pytest.raises(DataError, match="horizon is 0"):
         tokenizer.decode(random_ids(tokenizer, 3, 0), horizon=0)
+    for shape in ((2, D), (3, D + 1)):
+        with pytest.raises(DataError, match="dof_mask has dtype bool and shape"):
+            tokenizer.decode(random_ids(tokenizer, 3, 0), ChunkContext(dof_mask=np.ones(shape, bool)))
 
 
 def test_unknown_settings_are_named(name):

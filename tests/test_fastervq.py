@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.fft import dct
 
-from actok.core import ActionGroup, ActionSpace, ConfigError, FitPart, build_config, find_preset
+from actok.core import ActionGroup, ActionSpace, ConfigError, FitPart, SpaceMismatchError, build_config, find_preset
 
 torch = pytest.importorskip("torch")
 
@@ -200,6 +200,13 @@ def test_presets_have_the_papers_sizes(name, millions, tokens):
     assert sum(p.numel() for p in tokenizer.codec.parameters()) == pytest.approx(millions * 1e6, rel=0.06)
     assert tokenizer.layout.max_len == tokens
     assert set(tokenizer.layout.vocab.tolist()) == {4096}
+
+
+def test_patches_that_could_not_be_told_apart_are_refused():
+    joints = [("joint", 1)] * 16
+    assert prepared(space("many", *joints)).codec.shape.channels == 16
+    with pytest.raises(SpaceMismatchError, match="'many' makes 17 patches of one kind"):
+        prepared(space("many", *joints, ("joint", 1)))
 
 
 @pytest.mark.parametrize(

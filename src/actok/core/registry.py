@@ -81,7 +81,9 @@ def tokenizer_presets() -> Mapping[str, Preset]:
         try:
             found[path.stem] = Preset(name=path.stem, **values)
         except TypeError as error:
-            raise ConfigError(f"{path}: {error}; a preset has summary, target, paper, settings, sweep") from None
+            raise ConfigError(
+                f"{path}: {error}; a preset has summary, target, paper, settings, training, sweep"
+            ) from None
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         if point.name not in found:
             source = point.dist.name if point.dist else "entry point"
@@ -130,7 +132,7 @@ def find_class(kind: str) -> Any:
     for target in first + sorted({p.target for p in presets.values()} - set(first)):
         try:
             candidate = load_target(target)
-        except MissingExtraError as error:
+        except (MissingExtraError, ConfigError) as error:  # a broken package hides none but its own
             missing = f" ({error})"
             continue
         if candidate.kind == kind:

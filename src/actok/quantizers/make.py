@@ -32,6 +32,8 @@ def make_quantizer(settings: Mapping[str, Any], dim: int) -> Quantizer:
 
     Raises ConfigError for an unknown kind, an unknown setting, or a value that cannot be used.
     """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"quantizer is {settings!r}; give a table of settings, or set quantizer.kind={settings}")
     kind = settings.get("kind")
     if kind not in KINDS:
         near = difflib.get_close_matches(str(kind), KINDS, n=1)

@@ -206,6 +206,9 @@ class TokenizerBase(ActionTokenizer):
         embodiment = self.embodiment(context.embodiment)
         horizon = self._resolve_horizon(horizon, context)
         self._check_ids(flat, offsets, horizon, context)
+        present = None
+        if context.dof_mask is not None:
+            present = self._mask(context.dof_mask, (len(offsets) - 1, embodiment.space.dim), "dof_mask")
         result = self._decode(flat, offsets, horizon, embodiment, context, repair)
         repaired = np.zeros(len(result.valid), bool) if result.repaired is None else result.repaired
         usable = result.valid | repaired
@@ -213,8 +216,7 @@ class TokenizerBase(ActionTokenizer):
         for group in redundant_rotations(embodiment.space):
             dims = list(group.dims)
             actions[:, :, dims] = proper(actions[:, :, dims], str(group.rotation))
-        if context.dof_mask is not None:
-            present = self._mask(context.dof_mask, (len(actions), actions.shape[2]), "dof_mask")
+        if present is not None:
             actions = np.where(present[:, None], actions, np.float32(0))
         actions = np.where(usable[:, None, None], actions, np.float32(np.nan)).astype(np.float32, copy=False)
         return Decoded(

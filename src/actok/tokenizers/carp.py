@@ -79,7 +79,7 @@ class CarpConfig:
     @property
     def scales(self) -> tuple[int, ...] | None:
         """The scales as stated; None where the quantiser has none."""
-        if self.quantizer.get("kind") != "multi_scale":
+        if not isinstance(self.quantizer, Mapping) or self.quantizer.get("kind") != "multi_scale":
             return None
         return tuple(self.quantizer.get("scales", (1, 2, 3, 4)))
 
@@ -123,10 +123,10 @@ class CarpCodec(Codec):
             nn.Sequential(*(ConvBlock(coarse) for _ in range(config.depth)), TimeConv(coarse, 2 * fine))
             for coarse, fine in pairwise(reversed(widths))
         )
-        settings = dict(config.quantizer)
+        settings = config.quantizer
         self.scales = config.scales and fit_scales(config.scales, self.length)
         if self.scales:
-            settings["scales"] = self.scales
+            settings = {**settings, "scales": self.scales}
         self.quantizer = make_quantizer(settings, config.latent)
         self._lay_out()
 
@@ -231,9 +231,8 @@ class CarpTokenizer(NeuralTokenizer):
             )
         )
 
-    def layout_for(self, horizon: int | None = None, embodiment: str | None = None) -> TokenLayout:
-        """See ActionTokenizer; one block a scale, over all windows."""
-        return self._by_level(super().layout_for(horizon, embodiment))
+    def _layout_of(self, windows: int, embodiment: Embodiment) -> TokenLayout:
+        return self._by_level(super()._layout_of(windows, embodiment))  # one block a scale, over all windows
 
     def _by_level(self, layout: TokenLayout) -> TokenLayout:
         """The layout with one block a level; the first blocks decode where levels are residuals of one another."""

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from actok.core import ActionSpace, CodecBatch, ConfigError
+from actok.core import ActionSpace, CodecBatch, ConfigError, SpaceMismatchError
 from actok.core.spaces import Kind, Mode
 from actok.nn.convolution import ConvBlock
 from actok.nn.transformer import Block, FeedForward
@@ -41,7 +41,7 @@ from actok.tokenizers.neural import NeuralTokenizer
 
 Arch = Literal["taae", "cnn", "transformer"]
 KINDS, MODES = get_args(Kind), get_args(Mode)
-# Patches of one kind (two arms have two grippers; a 24-joint hand is several patches).
+# Most patches of one kind (two arms have two grippers; a 24-joint hand is several patches).
 SAME_KIND = 16
 
 __all__ = ["FasterVq", "FasterVqConfig", "FasterVqTokenizer"]
@@ -220,8 +220,13 @@ class FasterVq(Codec):
                 channels.append(dims + [0] * (width - len(dims)))
                 kind = 1 + KINDS.index(group.kind) * len(MODES) + MODES.index(group.mode)
                 kinds.append(kind)
-                which.append(min(seen.get(kind, 0), SAME_KIND - 1))
+                which.append(seen.get(kind, 0))
                 seen[kind] = seen.get(kind, 0) + 1
+        if (most := max(seen.values())) > SAME_KIND:
+            raise SpaceMismatchError(
+                f"space {space.embodiment!r} makes {most} patches of one kind, fastervq tells {SAME_KIND} apart; put"
+                f" dimensions of a kind into fewer groups, or raise group_width ({config.group_width})"
+            )
         return {
             "channels": np.array(channels, np.int64),
             "kind": np.array(kinds, np.int64),

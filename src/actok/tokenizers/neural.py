@@ -21,6 +21,7 @@ from actok.core import (
     ArtifactError,
     ChunkContext,
     CodecBatch,
+    ConfigError,
     FitPart,
     SpaceMismatchError,
     TokenLayout,
@@ -30,8 +31,9 @@ from actok.tokenizers.codec import Codec, CodecShape
 from actok.tokenizers.embodiments import Embodiment
 
 SHAPE_FILE = "codec.json"
-# Windows that go through the codec at once outside training, which bounds memory.
-ROWS = 4096
+# Windows that go through the codec at once outside training, which bounds memory. On a CPU, what passes between two layers
+# should stay in its cache.
+ROWS, ROWS_CPU = 4096, 256
 
 __all__ = ["NeuralTokenizer", "join"]
 
@@ -57,7 +59,7 @@ class NeuralTokenizer(TokenizerBase):
         """An untrained tokenizer for chunks of one or more embodiments (the first is the default), all of one horizon.
 
         Normalisers and the codec's size come from `parts`, initial weights from `seed`. Raises as
-        `actok.tokenizers.base.known_parts` does.
+        `actok.tokenizers.base.known_parts` does, ConfigError where the quantiser does not suit the codec.
         """
         _, embodiments, horizon = known_parts(parts, config)
         spaces = [e.space for e in embodiments.values()]
@@ -71,7 +73,9 @@ class NeuralTokenizer(TokenizerBase):
             torch.manual_seed(seed)
             codec = cls.codec_class(config, shape)
         files = {SHAPE_FILE: json.dumps(asdict(shape), sort_keys=True).encode()}
-        return cls(config, embodiments, horizon, _arrays(codec.state_dict()), files)
+        tokenizer = cls(config, embodiments, horizon, _arrays(codec.state_dict()), files)
+        tokenizer.layout_for()  # refuses a quantiser that does not suit, before anything is trained
+        return tokenizer
 
     def with_weights(self, state: Mapping[str, torch.Tensor]) -> Self:
         """The same tokenizer with other weights, a `state_dict` of its codec."""
@@ -149,7 +153,7 @@ class NeuralTokenizer(TokenizerBase):
     def _blank(self, count: int, embodiment: Embodiment, present: Bool[np.ndarray, "{count} _"] | None) -> CodecBatch:
         """What decoding knows of chunks, everything but their values, on the codec's device."""
         name, dim = embodiment.space.embodiment, embodiment.space.dim
-        device = next(self.codec.parameters()).device
+        device = self._device
         one = self._once(
             ("blank", name, device), lambda: self.batch(np.zeros((1, self._horizon, dim), np.float32), name).to(device)
         )
@@ -166,6 +170,15 @@ class NeuralTokenizer(TokenizerBase):
         return replace(batch, present=mask.to(device))
 
     # -- encode, decode -------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.codec.parameters()).device
+
+    def _cuts(self, count: int) -> list[slice]:
+        """Rows that go through the codec together."""
+        rows = ROWS_CPU if self._device.type == "cpu" else ROWS
+        return [slice(i, i + rows) for i in range(0, count, rows)]
 
     def _windows(self, horizon: int) -> int:
         return -(-horizon // self._horizon)
@@ -184,16 +197,13 @@ class NeuralTokenizer(TokenizerBase):
         chunks = chunks.reshape(count * windows, self._horizon, dim)
         real = real.reshape(count * windows, self._horizon)
         present = None if context.dof_mask is None else np.repeat(np.asarray(context.dof_mask), windows, 0)
-        device = next(self.codec.parameters()).device
         kept = self._kept(embodiment)
         found = []
         with torch.inference_mode():
-            for i in range(0, len(chunks), ROWS):
-                mask = None if present is None else present[i : i + ROWS]
-                batch = self.batch(
-                    chunks[i : i + ROWS], embodiment.space.embodiment, real=real[i : i + ROWS], present=mask
-                )
-                ids = self.codec.tokenize(batch.to(device)).cpu().numpy()
+            for cut in self._cuts(len(chunks)):
+                mask = None if present is None else present[cut]
+                batch = self.batch(chunks[cut], embodiment.space.embodiment, real=real[cut], present=mask)
+                ids = self.codec.tokenize(batch.to(self._device)).cpu().numpy()
                 found.append(ids if kept is None else ids[:, kept])
         one = self._one_window(embodiment).max_len
         ids = np.concatenate(found).reshape(count, windows * one) if found else np.zeros((0, windows * one), np.int64)
@@ -249,12 +259,11 @@ class NeuralTokenizer(TokenizerBase):
             whole[:, places[: by_window.shape[1]]] = by_window
             by_window = whole
         mask = None if present is None else np.repeat(present, windows, 0)
-        device = next(self.codec.parameters()).device
         found = []
         with torch.inference_mode():
-            for i in range(0, len(by_window), ROWS):
-                some = torch.from_numpy(np.ascontiguousarray(by_window[i : i + ROWS], np.int64)).to(device)
-                blank = self._blank(len(some), embodiment, None if mask is None else mask[i : i + ROWS])
+            for cut in self._cuts(len(by_window)):
+                some = torch.from_numpy(np.ascontiguousarray(by_window[cut], np.int64)).to(self._device)
+                blank = self._blank(len(some), embodiment, None if mask is None else mask[cut])
                 found.append(self.codec.detokenize(some, blank).float().cpu().numpy())
         dim = embodiment.space.dim
         chunks = np.concatenate(found)[:, :, :dim].reshape(count, windows * self._horizon, dim)[:, :horizon]
@@ -266,6 +275,11 @@ class NeuralTokenizer(TokenizerBase):
         """Layout of one window: slots x levels in the codec's order, one table a level, blocks of one token."""
         quantizer = self.codec.quantizer
         slots, levels = self._slots(embodiment), quantizer.levels
+        if quantizer.slots not in (None, slots):
+            raise ConfigError(
+                f"the quantizer makes {quantizer.slots} code slots of the {slots} that {self.kind} has; use one that gives"
+                " each slot codes of its own, such as 'residual'"
+            )
         level, slot = np.divmod(np.arange(slots * levels), slots)
         if self.codec.order == "slot":
             slot, level = np.divmod(np.arange(slots * levels), levels)
@@ -331,7 +345,7 @@ class NeuralTokenizer(TokenizerBase):
         coords = one.coords[place]
         coords[:, 1] += window * (one.coords[:, 1].max() + 1)
         sizes = [len(b) for b in one.blocks]
-        if len({*sizes[:-1]}) > 1 or sizes[-1] > sizes[0]:  # blocks that grow: each takes in its counterpart of every window
+        if len({*sizes[:-1]}) > 1 or sizes[-1] > sizes[0]:  # they grow: each takes in its counterpart of every window
             ends = np.cumsum([0] + [s * windows for s in sizes])
         else:
             ends = np.append(np.arange(0, len(order), sizes[0]), len(order))
