@@ -11,7 +11,8 @@ Ways of calling the same codec, chunks of T = 20 steps of one arm (D = 7):
     cuda_graph    the network, replayed from a CUDA graph (CUDA only)
 
 Weights are random, which changes no speed. The ways take turns, round by round; the fastest of the rounds' medians is
-reported, with the 99th percentile of that round, so that other work on the machine counts least. Prints JSON.
+reported, with the 99th percentile of that round, so that other work on the machine counts least; throughput is one round.
+Prints JSON.
 """
 
 from __future__ import annotations
@@ -125,10 +126,10 @@ def recorded(function: Callable[[torch.Tensor], torch.Tensor], given: torch.Tens
 
 
 def round_of(call: Callable[[], Any]) -> np.ndarray:
-    """Milliseconds of each call for SECONDS, at least three."""
+    """Milliseconds of each call for SECONDS."""
     times: list[float] = []
     end = time.perf_counter() + SECONDS
-    while len(times) < 3 or time.perf_counter() < end:
+    while not times or time.perf_counter() < end:
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
@@ -145,7 +146,6 @@ def measure(functions: dict[str, Any], rounds: int) -> dict[str, Any]:
     }
     for call in calls.values():
         call()  # compiles, allocates
-        call()
     best: dict[tuple[str, str], np.ndarray] = {}
     for _ in range(rounds):
         for key, call in calls.items():
@@ -201,7 +201,7 @@ def main() -> None:
         sessions = None if device.type == "cuda" else sessions_of(tokenizer)
         tokenizer.to(device)
         one = measure(ways(tokenizer, chunks[:1], device, sessions), options.rounds)
-        many = measure(ways(tokenizer, chunks, device, sessions), min(options.rounds, 2))
+        many = measure(ways(tokenizer, chunks, device, sessions), 1)
         results[preset] = {
             "parameters": sum(p.numel() for p in tokenizer.codec.parameters()),
             "tokens": tokenizer.layout.max_len,
