@@ -21,6 +21,7 @@ from actok.core import (
     ArtifactError,
     ChunkContext,
     CodecBatch,
+    ConfigError,
     FitPart,
     SpaceMismatchError,
     TokenLayout,
@@ -58,7 +59,7 @@ class NeuralTokenizer(TokenizerBase):
         """An untrained tokenizer for chunks of one or more embodiments (the first is the default), all of one horizon.
 
         Normalisers and the codec's size come from `parts`, initial weights from `seed`. Raises as
-        `actok.tokenizers.base.known_parts` does.
+        `actok.tokenizers.base.known_parts` does, ConfigError where the quantiser does not suit the codec.
         """
         _, embodiments, horizon = known_parts(parts, config)
         spaces = [e.space for e in embodiments.values()]
@@ -72,7 +73,9 @@ class NeuralTokenizer(TokenizerBase):
             torch.manual_seed(seed)
             codec = cls.codec_class(config, shape)
         files = {SHAPE_FILE: json.dumps(asdict(shape), sort_keys=True).encode()}
-        return cls(config, embodiments, horizon, _arrays(codec.state_dict()), files)
+        tokenizer = cls(config, embodiments, horizon, _arrays(codec.state_dict()), files)
+        tokenizer.layout_for()  # refuses a quantiser that does not suit, before anything is trained
+        return tokenizer
 
     def with_weights(self, state: Mapping[str, torch.Tensor]) -> Self:
         """The same tokenizer with other weights, a `state_dict` of its codec."""
@@ -272,6 +275,11 @@ class NeuralTokenizer(TokenizerBase):
         """Layout of one window: slots x levels in the codec's order, one table a level, blocks of one token."""
         quantizer = self.codec.quantizer
         slots, levels = self._slots(embodiment), quantizer.levels
+        if quantizer.slots not in (None, slots):
+            raise ConfigError(
+                f"the quantizer makes {quantizer.slots} code slots of the {slots} that {self.kind} has; use one that gives"
+                " each slot codes of its own, such as 'residual'"
+            )
         level, slot = np.divmod(np.arange(slots * levels), slots)
         if self.codec.order == "slot":
             slot, level = np.divmod(np.arange(slots * levels), levels)
@@ -337,7 +345,7 @@ class NeuralTokenizer(TokenizerBase):
         coords = one.coords[place]
         coords[:, 1] += window * (one.coords[:, 1].max() + 1)
         sizes = [len(b) for b in one.blocks]
-        if len({*sizes[:-1]}) > 1 or sizes[-1] > sizes[0]:  # blocks that grow: each takes in its counterpart of every window
+        if len({*sizes[:-1]}) > 1 or sizes[-1] > sizes[0]:  # they grow: each takes in its counterpart of every window
             ends = np.cumsum([0] + [s * windows for s in sizes])
         else:
             ends = np.append(np.arange(0, len(order), sizes[0]), len(order))
