@@ -28,6 +28,7 @@ class Job:
         preset: of `actok list`.
         part: which pages it is for: "main", "matched" (bits), "ablation", "scaling", "left_out".
         settings: over the preset's.
+        training: over the preset's.
         only: names of data sets; empty: all at hand.
         without: data sets left out.
         seconds: of one thread, for which steps are calibrated.
@@ -38,6 +39,7 @@ class Job:
     preset: str
     part: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     only: Sequence[str] = ()
     without: Sequence[str] = ()
     seconds: float = 3 * MINUTE
@@ -60,7 +62,13 @@ class Job:
         training["checkpoint_every"] = training["eval_every"]
         if before := preset.training.get("quantise_after"):
             training["quantise_after"] = round(before * steps / preset.training["steps"])
+        training |= self.training
         return merge_settings(preset.settings, self.settings), training
+
+
+# What is compared with itself only is trained at a lower learning rate and with slower codebooks than the preset.
+SHORT = {"learning_rate": 2e-3}
+SLOW = {"quantizer": {"decay": 0.99}}
 
 
 def _ablation(name: str, **settings: Any) -> Job:
@@ -69,7 +77,8 @@ def _ablation(name: str, **settings: Any) -> Job:
         name=f"ablate-{name}",
         preset="fastervq-tiny",
         part="ablation",
-        settings=settings,
+        settings=merge_settings(SLOW, settings),
+        training=SHORT,
         seconds=2 * MINUTE,
         pace=pace,
     )
@@ -80,6 +89,8 @@ def _data(name: str, part: str, *, only: Sequence[str] = (), without: Sequence[s
         name=name,
         preset="fastervq-tiny",
         part=part,
+        settings=SLOW,
+        training=SHORT,
         only=only,
         without=without,
         seconds=2 * MINUTE,
