@@ -25,6 +25,7 @@ from actok.core import (
     FitPart,
     SpaceMismatchError,
     TokenLayout,
+    to_numpy,
 )
 from actok.tokenizers.base import Encoded, Reconstruction, TokenizerBase, known_parts
 from actok.tokenizers.codec import Codec, CodecShape
@@ -70,7 +71,7 @@ class NeuralTokenizer(TokenizerBase):
             extra=cls.codec_class.measure(config, spaces),
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: the caller's GPU goes on as it was
             codec = cls.codec_class(config, shape)
         files = {SHAPE_FILE: json.dumps(asdict(shape), sort_keys=True).encode()}
         tokenizer = cls(config, embodiments, horizon, _arrays(codec.state_dict()), files)
@@ -109,7 +110,10 @@ class NeuralTokenizer(TokenizerBase):
         return self._facts[key]
 
     def to(self, device: Any) -> Self:
-        """Move the codec; encoding and decoding then compute there. Returns this same tokenizer."""
+        """Move the codec; encoding and decoding then compute there. Returns this same tokenizer.
+
+        A tokenizer made from it (`adapt`, `with_meta`, `with_weights`) is on the CPU.
+        """
         self.codec.to(device)
         return self
 
@@ -186,17 +190,17 @@ class NeuralTokenizer(TokenizerBase):
     def _encode(self, chunks: Float[np.ndarray, "B T D"], embodiment: Embodiment, context: ChunkContext) -> Encoded:
         count, steps, dim = chunks.shape
         windows = self._windows(steps)
-        real = np.ones((count, steps), bool) if context.pad_mask is None else ~np.asarray(context.pad_mask)
+        real = np.ones((count, steps), bool) if context.pad_mask is None else ~to_numpy(context.pad_mask)
         if missing := windows * self._horizon - steps:
             rest = embodiment.normaliser(np.zeros((1, dim), np.float32))
             last = np.where(np.array(embodiment.space.incremental), rest, chunks[:, -1])
             if context.dof_mask is not None:
-                last = np.where(np.asarray(context.dof_mask), last, np.float32(0))
+                last = np.where(to_numpy(context.dof_mask), last, np.float32(0))
             chunks = np.concatenate([chunks, np.repeat(last[:, None].astype(np.float32), missing, 1)], 1)
             real = np.concatenate([real, np.zeros((count, missing), bool)], 1)
         chunks = chunks.reshape(count * windows, self._horizon, dim)
         real = real.reshape(count * windows, self._horizon)
-        present = None if context.dof_mask is None else np.repeat(np.asarray(context.dof_mask), windows, 0)
+        present = None if context.dof_mask is None else np.repeat(to_numpy(context.dof_mask), windows, 0)
         kept = self._kept(embodiment)
         found = []
         with torch.inference_mode():
@@ -227,7 +231,7 @@ class NeuralTokenizer(TokenizerBase):
         for length in np.unique(lengths[valid]):
             rows = np.flatnonzero(lengths == length)
             ids = flat[offsets[rows][:, None] + np.arange(length)]
-            present = None if context.dof_mask is None else np.asarray(context.dof_mask)[rows]
+            present = None if context.dof_mask is None else to_numpy(context.dof_mask)[rows]
             chunks[rows] = self._decode_rows(ids, horizon, embodiment, present)
         expected = " or ".join(map(str, decodable))
         return Reconstruction(
