@@ -76,7 +76,7 @@ def suggest(name: str, known: list[str]) -> str:
 def tokenizer_presets() -> Mapping[str, Preset]:
     """All presets by name: the packaged ones, then entry points of the group "actok.tokenizers"."""
     found = {}
-    for path in sorted((CONFIGS / "tokenizers").glob("*.toml")):
+    for path in sorted((CONFIGS / "tokenizers").glob("*.toml"), key=lambda p: p.stem):
         values = read_toml(path)
         try:
             found[path.stem] = Preset(name=path.stem, **values)
