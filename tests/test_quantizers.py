@@ -235,6 +235,31 @@ def test_values_losses_and_gradients_are_finite(settings, scale):
     assert all(p.grad is None or p.grad.isfinite().all() for p in quantizer.parameters())
 
 
+@every_kind
+def test_bypassed_it_lets_latents_through_and_learns_nothing(settings):
+    """Shapes are those of quantising, and what comes after is as if it had never been bypassed."""
+    quantizer, mask = make_quantizer(settings, C), random_mask()
+    twin, before = copy.deepcopy(quantizer), state(quantizer)
+    z, weight = latents().bfloat16().requires_grad_(), latents(seed=8).bfloat16()
+    quantizer.bypassed = True
+    found, generator = quantizer(z, mask), torch.get_rng_state()
+    assert torch.equal(found.quantised, z.float())
+    (gradient,) = torch.autograd.grad((found.quantised * weight).sum(), z)
+    assert torch.equal(gradient, weight)
+    assert found.losses == {}
+    assert same(before, state(quantizer))
+    quantizer.bypassed = False
+    torch.set_rng_state(generator)
+    through = quantizer(latents(), mask)
+    for name in ("quantised", "codes", "level_vectors"):
+        bypassed, quantised = getattr(found, name), getattr(through, name)
+        assert (bypassed.shape, bypassed.dtype) == (quantised.shape, quantised.dtype), name
+    assert found.usage.share.shape == found.usage.perplexity.shape == through.usage.share.shape
+    torch.set_rng_state(generator)
+    assert torch.equal(twin(latents(), mask).quantised, through.quantised)
+    assert same(state(twin), state(quantizer))
+
+
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -616,6 +641,14 @@ def test_fsq_rounds_to_every_value_and_passes_the_bounds_gradient():
         torch.testing.assert_close(z.grad[0, :, i].double(), slope, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [999, 1000])
+def test_fsq_stays_among_its_codes_however_far_the_latents_are(count):
+    quantizer = make_quantizer({"kind": "fsq", "levels": [count, 3]}, 2)
+    codes = quantizer.encode(torch.tensor([[[-1e4, 0.0], [1e4, 0.0]]])).flatten()
+    assert (codes % count).tolist() == [0, count - 1]
+    assert (codes // count).tolist() == [1, 1]
+
+
 def test_every_fsq_code_has_its_own_value():
     quantizer = make_quantizer({"kind": "fsq", "levels": [8, 5, 3]}, 3)
     codes = torch.arange(120)[None, :, None]
@@ -724,6 +757,7 @@ def test_multi_scale_refuses_other_lengths():
         ({"kind": "grouped", "groups": 1, "inner": {"kind": "multi_scale"}}, "slots of their own"),
         ({"kind": "fsq", "levels": [8, 2]}, "levels has 2; give at least 3 a channel, or use kind='lfq'"),
         ({"kind": "fsq", "levels": [4096, 4097]}, "stay within"),
+        ({"kind": "fsq", "levels": [3, 1001]}, "levels has 1001; give at most 1000 a channel"),
         ({"kind": "lfq", "bits": 40}, "give at most 20"),
         ({"kind": "multi_scale", "scales": [2, 1]}, "give rising numbers of slots"),
         ({"kind": "multi_scale", "distance": "cosine"}, "use 'direction'"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import training_codec
 from actok.core import ArtifactError, ChunkContext, ConfigError, FitPart
 from actok.data import Chunks, FrameCache, open_dataset
 from actok.data.mixtures import Mixture, MixtureEntry, MixtureSampler
@@ -256,6 +257,32 @@ def test_the_moving_average_of_the_weights_is_what_is_kept(monkeypatch):
     assert torch.equal(kept["quantizer.codebooks.0.vectors"], plain["quantizer.codebooks.0.vectors"])
 
 
+def test_codebooks_that_start_late_do_so_once_from_this_batch_and_those_that_follow(monkeypatch):
+    step, encode = Trainer._step, training_codec.TinyCodec.encode
+    states, inputs = [], []
+
+    def spy(self, number, batch):
+        step(self, number, batch)
+        book = self.codec.quantizer.codebook(0)
+        states.append((self.codec.quantizer.bypassed, bool(book.initialised), book.vectors.clone()))
+
+    def watched(self, batch):
+        if self.training:
+            inputs.append(batch.actions)
+        return encode(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", spy)
+    monkeypatch.setattr(training_codec.TinyCodec, "encode", watched)
+    tokenizer = fit_parts("tiny", [part(301)], training={"steps": 23, "quantise_after": 5})
+    assert [s[:2] for s in states] == [(True, False)] * 5 + [(False, True)] * 18
+    assert all(torch.equal(vectors, states[0][2]) for _, _, vectors in states[:5])
+    assert (states[5][2] - states[0][2]).norm(dim=1).min() > 0
+    assert [len(x) for x in inputs] == [12] * 5 + [16 * 12] + [12] * 18
+    assert torch.equal(inputs[5], torch.cat(inputs[6:22]))
+    assert not tokenizer.codec.quantizer.bypassed
+    assert tokenizer.meta["training"]["config"]["quantise_after"] == 5
+
+
 def test_bf16_trains_and_keeps_float32_weights():
     tokenizer = fit_parts("tiny", [part(31)], training={"precision": "bf16"})
     assert all(v.dtype == torch.float32 for v in tokenizer.codec.state_dict().values() if v.is_floating_point())
@@ -346,7 +373,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("ending", ["stopped early", "stopped", "killed"])
+@pytest.mark.parametrize("ending", ["stopped early", "stopped as it starts to quantise", "stopped", "killed"])
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, monkeypatch, ending):
     """Dropout, dead codes, moving averages of codebooks and weights, the best weights, the log: as if never interrupted."""
     data = episodes(40)
@@ -354,7 +381,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, monkeypatch, ending):
     whole = fit("tiny", data, run=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         if ending != "killed":  # between two checkpoints that are due: saves where it stands
-            step = 11 if ending == "stopped" else 3  # before the quantiser took part
+            step = {"stopped early": 3, "stopped": 11}.get(ending, 5)  # the quantiser takes part from the sixth on
             stop_after(patch, step)
             with pytest.raises(TrainingStopped, match=f"stopped after step {step} of 22, saved in"):
                 fit("tiny", data, run=tmp_path / "cut", **options)
@@ -374,13 +401,25 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, monkeypatch, ending):
         assert all(torch.equal(value, ends[1].tensors[group][name]) for name, value in tensors.items()), group
     assert any(name.endswith("exp_avg_sq") for name in ends[0].tensors["optimizer"])
     for kind in ("loss", "validation"):
-        cut = [line for line in lines(tmp_path / "cut", kind) if kind == "validation" or line["step"] not in (3, 11)]
+        cut = [line for line in lines(tmp_path / "cut", kind) if kind == "validation" or line["step"] not in (3, 5, 11)]
         whole_lines = lines(tmp_path / "whole", kind)
         assert [line["step"] for line in cut] == [line["step"] for line in whole_lines]
         if kind == "validation" or ending == "killed":
             assert cut == whole_lines
     again = fit("tiny", data, run=tmp_path / "cut", resume=True, **options)  # a finished run has nothing left to do
     assert again.weights_hash == whole.weights_hash
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path, monkeypatch):
+    options = {"horizon": 7, "progress": False, "run": tmp_path / "run"}
+    with monkeypatch.context() as patch:
+        step = Trainer._step
+        patch.setattr(Trainer, "_step", lambda self, i, b: step(self, i, b) if i < 8 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit("tiny", episodes(40), **options)
+    assert [line["step"] for line in lines(tmp_path / "run", "loss")] == [3, 6]
+    fit("tiny", episodes(40), resume=True, **options)
+    assert [line["step"] for line in lines(tmp_path / "run", "loss")] == [3, 6, 9, 12, 14]
 
 
 def test_the_best_weights_outlive_an_interruption(tmp_path, monkeypatch):
@@ -540,6 +579,8 @@ def test_every_line_of_the_run_folder_is_whole_json_while_it_runs(tmp_path):
     for step in range(3):
         folder.log({"step": step})
         assert [line["step"] for line in lines(folder.path, "step")] == list(range(step + 1))
-    (folder.path / "log.jsonl").open("a").write('{"step": 7, "lo')  # cut off by a crash
-    folder.rewind(1)
-    assert [line["step"] for line in lines(folder.path, "step")] == [0, 1]
+    for cut in ('{"step": 7, "lo', '{"step": 1, "losses": {"l1": 0.5}'):  # by a crash
+        with (folder.path / "log.jsonl").open("a") as log:
+            log.write(cut)
+        folder.rewind(1)
+        assert [line["step"] for line in lines(folder.path, "step")] == [0, 1]

@@ -94,7 +94,14 @@ def test_sigterm_saves_and_resume_goes_on_to_the_same_end(data, tmp_path):
 
 
 SETTINGS = {"horizon": 7, "progress": False, "hidden": 16, "latent_dim": 8, "quantizer": {"codes": 13, "levels": 2}}
-TRAINING = {"steps": 20, "batch_size": 24, "eval_every": 10, "log_every": 5, "checkpoint_every": 10}
+TRAINING = {
+    "steps": 20,
+    "quantise_after": 3,
+    "batch_size": 24,
+    "eval_every": 10,
+    "log_every": 5,
+    "checkpoint_every": 10,
+}
 # Each process trains and notes what it got; then it trains again, and the second process dies in step 8.
 RANKS = f"""
 import json, os, sys, torch

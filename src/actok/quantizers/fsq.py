@@ -20,6 +20,8 @@ __all__ = ["FiniteScalarConfig", "FiniteScalarQuantizer"]
 
 # How far the bound reaches beyond the outermost value, so that rounding can reach it (appendix A.1).
 REACH = 1e-3
+# From here on the reach would go half a step too far, and rounding take it to a value that does not exist.
+MOST_VALUES = round(1 / REACH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class FiniteScalarConfig:
                 raise ConfigError(f"levels has {count}; give at least 3 a channel, or use kind='lfq' for binary codes")
         if prod(self.levels) > 2**24:
             raise ConfigError(f"levels {self.levels!r} make {prod(self.levels)} codes; stay within {2**24}")
+        if max(self.levels) > MOST_VALUES:
+            raise ConfigError(f"levels has {max(self.levels)}; give at most {MOST_VALUES} a channel, and more channels")
 
 
 class FiniteScalarQuantizer(Quantizer):

@@ -30,7 +30,7 @@ class ResidualConfig(VectorConfig):
         codes: K of every level, or one K a level.
         levels: Q.
         dropout: probability that a sample of a training batch keeps only its first levels, 1 to Q of them, all equally
-            likely. Dropped levels count in no statistic and no loss.
+            likely. Dropped levels count in no codebook and no loss; `codes` and `usage` hold them all the same.
         shared: one codebook for all levels.
     """
 

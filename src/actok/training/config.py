@@ -32,8 +32,8 @@ class TrainConfig:
         betas: of AdamW.
         warmup_steps: of the learning rate; at most a tenth of `steps`.
         quantise_after: steps that the codec learns without its quantiser, whose codebooks then start from the latents of
-            several batches instead of those of an untrained encoder; at most a quarter of `steps`. 0: quantised from the
-            first step on.
+            several batches instead of those of an untrained encoder; at most a quarter of `steps`. Nothing is evaluated
+            before. 0: quantised from the first step on.
         clip_norm: largest norm of the gradient; 0: no clipping.
         precision: "bf16": the codec computes under autocast (quantisers stay in float32); "no": float32.
         weight_ema: decay of a moving average of the weights, which then is what is evaluated and kept; 0: none.

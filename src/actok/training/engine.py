@@ -153,14 +153,14 @@ class Trainer:
             for step in range(self.done, config.steps):
                 try:
                     self._step(step, feed.get(step))
+                    self.done = step + 1
+                    self.seconds, self.waited = before + time.perf_counter() - started, waited + feed.waited
+                    stopping = self._agreed(signals.requested)
+                    self._after_step(stopping, feed.waited)
                 except (MemoryError, RuntimeError) as error:
                     if found := explain(error, step + 1, config.batch_size, self.accelerator.num_processes):
                         raise found from error
                     raise
-                self.done = step + 1
-                self.seconds, self.waited = before + time.perf_counter() - started, waited + feed.waited
-                stopping = self._agreed(signals.requested)
-                self._after_step(stopping, feed.waited)
                 if stopping and self.done < config.steps:
                     where = (
                         f"saved in {self.folder.path}" if self.folder else "nothing kept, since it has no run folder"
@@ -214,7 +214,7 @@ class Trainer:
         """Codebooks from the latents of this batch and some that follow: a batch alone has fewer than there are codes."""
         count = max(1, min(START_BATCHES, START_CHUNKS // self.config.batch_size))
         pool = join([self.batches.at(step + i) for i in range(count)])
-        self.codec(pool.to(self.accelerator.device))
+        self.codec.forward(pool.to(self.accelerator.device))  # called, it would be compiled for this size too
 
     def _agreed(self, requested: bool) -> bool:
         """Whether to stop now: what this process wants, or any of several, which then all stop after the same step."""
@@ -286,12 +286,11 @@ class Trainer:
         """Go to where the run folder's last checkpoint stands; False where there is none."""
         self.accelerator.wait_for_everyone()  # the first process may just have cleared the folder of a finished run
         checkpoint = None if self.folder is None else self.folder.latest()
-        if checkpoint is None:
-            return False
-        self.restore(checkpoint)
+        if checkpoint is not None:
+            self.restore(checkpoint)
         if self.folder is not None and self.accelerator.is_main_process:
-            self.folder.rewind(self.done)
-        return True
+            self.folder.rewind(self.done)  # also where it ended before its first checkpoint
+        return checkpoint is not None
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put the run where a checkpoint of it stands."""

@@ -94,16 +94,25 @@ class RunFolder:
         return None if found is None else read_checkpoint(found)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of the log after that step, which will be run again."""
+        """Drop the lines of the log after that step, which will be run again, and one that a crash has cut off."""
         path = self.path / LOG
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            kept = [line for line in lines if (found := _whole(line)) is not None and found["step"] <= step]
             write_bytes(path, "".join(f"{line}\n" for line in kept))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Note that the run is complete."""
         self._write({**(self._read() or {}), "finished": dict(summary)})
+
+
+def _whole(line: str) -> dict[str, Any] | None:
+    """A line of the log, None where a crash has cut it off."""
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return found
 
 
 def check_trackers(names: tuple[str, ...], folder: RunFolder | None) -> None:
