@@ -104,7 +104,7 @@ TRAINING = {
 }
 # Each process trains and notes what it got; then it trains again, and the second process dies in step 8.
 RANKS = f"""
-import json, os, sys, torch
+import json, os, signal, sys, torch
 import actok
 from actok.training.engine import Trainer
 
@@ -120,6 +120,7 @@ def dies(self, number, batch):
         os._exit(9)
     step(self, number, batch)
 Trainer._step = dies
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the first process, which has something to say before
 actok.fit("vqbet-tiny", data, run=folder + "/dead", training={TRAINING}, **{SETTINGS})
 """
 
