@@ -27,7 +27,7 @@ from actok.core.files import write_bytes
 from actok.core.provenance import circumstances
 from actok.core.registry import load_target
 from results.jobs import HORIZON, JOBS, STEPS, Job, calibrated_steps
-from results.places import RATIOS, ROOT, SEED, Places, Source
+from results.places import RATIOS, ROOT, SEED, Places, Source, portable
 
 POLL_S = 0.5
 # Steps that are timed in calibration, after some that are not.
@@ -257,7 +257,8 @@ def _calibrate(names: Sequence[str], places: Places, say: Callable[[str], None])
         steps = max(1, _rounded(job.seconds / each))
         kept[name] = {"steps": steps, "seconds_per_step": round(each, 4), "seconds": job.seconds}
         say(f"{name}: {each:.4f} s a step, {steps} steps in {job.seconds:.0f} s")
-        body = {"conditions": circumstances(("torch", "numpy")), "jobs": {n: kept[n] for n in JOBS if n in kept}}
+        conditions = json.loads(portable(json.dumps(circumstances(("torch", "numpy"))), places.data_root))
+        body = {"conditions": conditions, "jobs": {n: kept[n] for n in JOBS if n in kept}}
         write_bytes(STEPS, json.dumps(body, indent=1) + "\n")
 
 
