@@ -36,7 +36,8 @@ class TrainConfig:
             before. 0: quantised from the first step on.
         clip_norm: largest norm of the gradient; 0: no clipping.
         precision: "bf16": the codec computes under autocast (quantisers stay in float32); "no": float32.
-        weight_ema: decay of a moving average of the weights, which then is what is evaluated and kept; 0: none.
+        weight_ema: decay of a moving average of the weights, which then is what is evaluated and kept; 0: none. Early on
+            the decay is (1 + step) / (10 + step), if smaller.
         compile: compile the codec with torch.compile.
         eval_every: steps between evaluations on the validation episodes; 0: only at the end.
         eval_chunks: validation chunks of each dataset that are judged, an even sample.

@@ -204,9 +204,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
-            torch._foreach_lerp_(
-                list(self.ema.values()), [p.detach() for p in self.names.values()], 1 - self.config.weight_ema
-            )
+            decay = min(self.config.weight_ema, (1 + step) / (10 + step))  # so that the initial weights are forgotten
+            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.names.values()], 1 - decay)
         self.report.step(output, norm)
 
     @torch.no_grad()
