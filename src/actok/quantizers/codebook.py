@@ -179,6 +179,13 @@ class Codebook(nn.Module):
         fresh = draw(z, mask, self.size)[position]
         self._put(torch.where(dead[:, None], fresh, self.vectors), torch.where(dead, mean, self.counts), dead)
 
+    @torch.no_grad()
+    def weigh(self, share: float) -> None:
+        """Multiply the moving averages, which leaves the vectors: after a start from several batches, they are those of one."""
+        self.counts.mul_(share)
+        if self.config.update == "ema":
+            self.sums.mul_(share)
+
     def _put(self, vectors: Tensor, counts: Tensor, changed: Tensor) -> None:
         """Vectors and counts, and sums where they changed."""
         self.vectors.copy_(vectors)

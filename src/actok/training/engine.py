@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from actok.core import CodecBatch, ConfigError, MissingExtraError
 from actok.data.mixtures import MixtureSampler
 from actok.quantizers import Quantizer
+from actok.quantizers.codebook import Codebook
 from actok.tokenizers.neural import join
 from actok.training.checkpoint import Checkpoint
 from actok.training.config import TrainConfig
@@ -214,6 +215,9 @@ class Trainer:
         count = max(1, min(START_BATCHES, START_CHUNKS // self.config.batch_size))
         pool = join([self.batches.at(step + i) for i in range(count)])
         self.codec.forward(pool.to(self.accelerator.device))  # called, it would be compiled for this size too
+        for module in self.codec.modules():
+            if isinstance(module, Codebook):
+                module.weigh(1 / count)
 
     def _agreed(self, requested: bool) -> bool:
         """Whether to stop now: what this process wants, or any of several, which then all stop after the same step."""
