@@ -260,17 +260,20 @@ def test_the_moving_average_of_the_weights_is_what_is_kept(monkeypatch):
 
 def test_codebooks_that_start_late_do_so_once_from_this_batch_and_those_that_follow(monkeypatch):
     step, encode = Trainer._step, training_codec.TinyCodec.encode
-    states, inputs = [], []
+    states, inputs, counted, slots = [], [], [], set()
 
     def spy(self, number, batch):
         step(self, number, batch)
         book = self.codec.quantizer.codebook(0)
         states.append((self.codec.quantizer.bypassed, bool(book.initialised), book.vectors.clone()))
+        counted.append(float(book.counts.sum()))
 
     def watched(self, batch):
+        latents = encode(self, batch)
         if self.training:
             inputs.append(batch.actions)
-        return encode(self, batch)
+            slots.add(latents.shape[1])
+        return latents
 
     monkeypatch.setattr(Trainer, "_step", spy)
     monkeypatch.setattr(training_codec.TinyCodec, "encode", watched)
@@ -280,6 +283,8 @@ def test_codebooks_that_start_late_do_so_once_from_this_batch_and_those_that_fol
     assert (states[5][2] - states[0][2]).norm(dim=1).min() > 0
     assert [len(x) for x in inputs] == [12] * 5 + [16 * 12] + [12] * 18
     assert torch.equal(inputs[5], torch.cat(inputs[6:22]))
+    # The moving counts are those of one batch of 12 chunks, not of the sixteen it started from: new batches weigh as ever.
+    assert 0.5 < counted[5] / (12 * slots.pop()) < 2
     assert not tokenizer.codec.quantizer.bypassed
     assert tokenizer.meta["training"]["config"]["quantise_after"] == 5
 
