@@ -120,7 +120,7 @@ JOBS: Mapping[str, Job] = {
             part="main",
             settings={"latent_parts": 4, "block": 4, "quantizer": {"codes": 1024}},
             only=("metaworld",),
-            seconds=5 * MINUTE,
+            seconds=15 * MINUTE,
         ),
         *(Job(name=f"{name}-tiny", preset=f"{name}-tiny", part="main") for name in PRESETS),
         *(Job(name=f"{n}-252", preset=f"{n}-tiny", part="matched", settings=s) for n, s in MATCHED.items()),
