@@ -22,6 +22,9 @@ class CodecBatch:
         real: bool [B, T], False on padded steps, which count in no loss.
         embodiment: int64 [B]: 0 where unknown to the codec, i where it is the i-th of those it was trained on.
         structure: tables that the codec asked for (`Codec.structure`), each [B, ...].
+        state: float32 [B, P], normalised proprioception at the chunk's start, 0 where absent; None for codecs that read
+            none (`Codec.reads_state`).
+        has_state: bool [B], False where the state of a chunk is unknown; None as `state` is.
     """
 
     actions: Any
@@ -29,6 +32,8 @@ class CodecBatch:
     real: Any
     embodiment: Any
     structure: Mapping[str, Any] = field(default_factory=dict)
+    state: Any = None
+    has_state: Any = None
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -41,6 +46,8 @@ class CodecBatch:
             real=self.real.to(device, non_blocking=True),
             embodiment=self.embodiment.to(device, non_blocking=True),
             structure={k: v.to(device, non_blocking=True) for k, v in self.structure.items()},
+            state=None if self.state is None else self.state.to(device, non_blocking=True),
+            has_state=None if self.has_state is None else self.has_state.to(device, non_blocking=True),
         )
 
 

@@ -115,9 +115,11 @@ class FitPart:
         space: their action space.
         statistics: per-dimension statistics that the normaliser is made from; None: computed from `actions`.
         pad_mask: [B, T] bool, True where padded, or None.
+        anchor: float32 [B, P] proprioception at the chunks' starts, or None.
     """
 
     actions: np.ndarray
     space: ActionSpace
     statistics: Any = None
     pad_mask: np.ndarray | None = None
+    anchor: np.ndarray | None = None

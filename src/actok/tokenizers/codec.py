@@ -44,9 +44,11 @@ class Codec(nn.Module, ABC):
         order: which comes first in a token sequence. "level": all slots of level 0, then of level 1, ... (index
             q * S + s: FASTerVQ's codebook, then horizon, then part); "slot": all levels of slot 0, then of slot 1, ...
             (index s * Q + q: X-Tokenizer's raster).
+        reads_state: whether `CodecBatch.state` is filled for it.
     """
 
     order: ClassVar[Literal["level", "slot"]] = "level"
+    reads_state: ClassVar[bool] = False
     quantizer: Quantizer
 
     # -- what a paper defines -------------------------------------------------------------------------------------
@@ -63,6 +65,13 @@ class Codec(nn.Module, ABC):
         Raises SpaceMismatchError where this codec cannot serve the space.
         """
         return {}
+
+    def slot_steps(self, steps: int) -> Int[np.ndarray, "S 2"] | None:
+        """First step and one past the last that each slot of a chunk of `steps` stands for.
+
+        None where slots are no spans of time; what aligns slots with frames is then left out (`actok.alignment`).
+        """
+        return None
 
     @abstractmethod
     def encode(self, batch: CodecBatch) -> Float[Tensor, "B S C"]:

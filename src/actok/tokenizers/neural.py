@@ -82,6 +82,14 @@ class NeuralTokenizer(TokenizerBase):
         """The same tokenizer with other weights, a `state_dict` of its codec."""
         return type(self)(self.config, self._embodiments, self._horizon, _arrays(state), self._files, self._meta)
 
+    def training_steps(self, draw: int) -> int:
+        """How many steps the chunks of a training batch have, at most the horizon they are cut at.
+
+        `draw` is a random whole number of 32 bits, for tokenizers that are trained on chunks of many lengths; here it is
+        always the fitted horizon.
+        """
+        return self._horizon
+
     def finish(self, parts: Sequence[FitPart]) -> Self:
         """Whatever is fitted after training, on the trained codec; nothing unless overridden."""
         return self
@@ -134,8 +142,12 @@ class NeuralTokenizer(TokenizerBase):
         *,
         real: Bool[np.ndarray, "B T"] | None = None,
         present: Bool[np.ndarray, "B _"] | None = None,
+        anchor: Float[np.ndarray, "B P"] | None = None,
     ) -> CodecBatch:
-        """A codec's batch from normalised chunks [B, T, D of the embodiment] of the codec's horizon, on the CPU."""
+        """A codec's batch from normalised chunks [B, T, D of the embodiment] of the codec's horizon, on the CPU.
+
+        `anchor`, raw proprioception at their starts, is for codecs that read the state; others leave it alone.
+        """
         name = next(iter(self._embodiments)) if embodiment is None else embodiment
         count, steps, dim = chunks.shape
         actions = torch.zeros(count, steps, self.shape.channels)
@@ -381,6 +393,8 @@ def join(batches: Sequence[CodecBatch]) -> CodecBatch:
             for name in ("actions", "present", "real", "embodiment")
         },
         structure=tables,
+        state=None if batches[0].state is None else torch.cat([b.state for b in batches]),
+        has_state=None if batches[0].has_state is None else torch.cat([b.has_state for b in batches]),
     )
 
 
