@@ -78,7 +78,7 @@ def main() -> None:
     sampler = MixtureSampler([len(chunks)], ratios="size", batch_size=options.batch)
     making = Batches(tokenizer, sources, sampler)
     before = time.process_time()
-    batches = [making.at(step) for step in range(50)]
+    batches = [making.at(step).chunks for step in range(50)]
     make = (time.process_time() - before) / len(batches) * 1e3
     times = {"bare": [], "engine": []}
     for _ in range(options.repeats):

@@ -16,9 +16,10 @@ from actok.data import Chunks, FrameCache, open_dataset
 from actok.data.mixtures import Mixture, MixtureEntry, MixtureSampler
 from actok.training import TrainConfig, TrainingError, TrainingStopped, checkpoint, fit, fit_parts, load, load_material
 from actok.training.checkpoint import latest_checkpoint, read_checkpoint
-from actok.training.engine import Trainer, parameter_groups
+from actok.training.engine import Trainer
 from actok.training.evaluate import HeldOutChunks, judge
 from actok.training.health import COLLAPSED_TIMES, DIVERGING_WINDOWS, Health
+from actok.training.model import parameter_groups
 from actok.training.run_folder import RunFolder
 from actok.training.sources import Batches, Prefetcher, Source
 from training_codec import PRESET, TRAINING, TinyConfig, TinyTokenizer, chunks, episodes, part
@@ -141,7 +142,7 @@ def test_a_batch_mixes_datasets_of_different_width_normalised_each_for_itself():
     parts[1] = FitPart(actions=parts[1].actions, space=parts[1].space, pad_mask=pad)
     tokenizer = TinyTokenizer.prepare(parts, TinyConfig())
     sampler = MixtureSampler([31, 17], ratios="size", batch_size=48, seed=2)
-    batch = Batches(tokenizer, [Source.of_part(p) for p in parts], sampler).at(0)  # one epoch: everything once
+    batch = Batches(tokenizer, [Source.of_part(p) for p in parts], sampler).at(0).chunks  # one epoch: everything once
     assert batch.actions.shape == (48, 7, 5)
     assert batch.embodiment.tolist() == [1] * 31 + [2] * 17
     assert batch.present.sum(1).tolist() == [3] * 31 + [5] * 17
@@ -160,8 +161,8 @@ def test_ranks_share_out_the_batch_of_one_process():
     tokenizer = TinyTokenizer.prepare(parts, TinyConfig())
     sampler = MixtureSampler([31, 17], ratios=(2, 1), batch_size=12)
     sources = [Source.of_part(p) for p in parts]
-    whole = Batches(tokenizer, sources, sampler).at(5)
-    shares = [Batches(tokenizer, sources, sampler, rank=r, ranks=3).at(5) for r in range(3)]
+    whole = Batches(tokenizer, sources, sampler).at(5).chunks
+    shares = [Batches(tokenizer, sources, sampler, rank=r, ranks=3).at(5).chunks for r in range(3)]
 
     def rows(batches):
         return sorted(tuple(row) for b in batches for row in b.actions.flatten(1).tolist())
@@ -181,10 +182,9 @@ def test_chunks_cut_on_demand_are_those_in_memory():
         (Source.of_chunks(pool, "x", rows), rows),
     ):
         assert source.size == len(wanted)
-        actions, pad = source.cut(np.arange(source.size))
-        expected, expected_pad = in_memory.cut(wanted)
-        assert np.array_equal(actions, expected)
-        assert np.array_equal(pad, expected_pad)
+        found, expected = source.cut(np.arange(source.size)), in_memory.cut(wanted)
+        assert np.array_equal(found.actions, expected.actions)
+        assert np.array_equal(found.pad_mask, expected.pad_mask)
 
 
 def test_the_prefetcher_keeps_order_and_hands_over_errors():
@@ -350,7 +350,7 @@ def test_a_mixture_of_widths_is_trained_in_its_ratios_and_serves_each(tmp_path):
 
     def spy(self, step):
         batch = at(self, step)
-        drawn.append(batch.embodiment.bincount(minlength=3).tolist())
+        drawn.append(batch.chunks.embodiment.bincount(minlength=3).tolist())
         return batch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -401,7 +401,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, monkeypatch, ending):
     resumed = fit("tiny", data, run=tmp_path / "cut", resume=True, **options)
     assert resumed.weights_hash == whole.weights_hash
     ends = [read_checkpoint(latest_checkpoint(tmp_path / name / "checkpoints")) for name in ("whole", "cut")]
-    assert ends[0].tensors.keys() == {"model", "ema", "optimizer", "best"}
+    assert ends[0].tensors.keys() == {"model", "heads", "ema", "optimizer", "best"}
     for group, tensors in ends[0].tensors.items():
         assert tensors.keys() == ends[1].tensors[group].keys()
         assert all(torch.equal(value, ends[1].tensors[group][name]) for name, value in tensors.items()), group

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FeatureBatch"]
+__all__ = ["FeatureBatch", "join_features"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,3 +40,16 @@ class FeatureBatch:
         return FeatureBatch(
             **{k: None if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
         )
+
+
+def join_features(batches: Sequence[FeatureBatch]) -> FeatureBatch:
+    """One batch of several, e.g. of different datasets, in this order."""
+    if len(batches) == 1:
+        return batches[0]
+    import torch
+
+    values = {}
+    for name in vars(batches[0]):
+        parts = [getattr(b, name) for b in batches]
+        values[name] = None if parts[0] is None else torch.cat(parts)
+    return FeatureBatch(**values)

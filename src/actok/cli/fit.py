@@ -17,6 +17,8 @@ OPTIONS = {
     **{k: f"--{k}" for k in ("tolerance", "horizon", "space", "seed", "run", "resume")},
     "rate_hz": "--rate",
     "training": "--train",
+    "features": "--features",
+    "alignment": "--align",
 }
 
 __all__ = ["run"]
@@ -78,7 +80,13 @@ def _training_options(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.run
     if folder is None and learned:
         folder = f"{args.out.rstrip(os.sep)}-run"
-    return {"training": training, "run": folder, "resume": args.resume}
+    return {
+        "training": training,
+        "features": args.features,
+        "alignment": parse_assignments(args.align) or None,
+        "run": folder,
+        "resume": args.resume,
+    }
 
 
 def _tell(args: argparse.Namespace, tokenizer: Any) -> None:

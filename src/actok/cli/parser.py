@@ -42,6 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
     _seed(v, "of the start states")
 
+    v = verb("teacher", "train a small vision-language teacher on a dataset's images and texts", "teacher")
+    v.add_argument("--data", required=True, metavar="PATH", nargs="+", help="datasets with images, of any format")
+    v.add_argument("--out", required=True, metavar="DIR", help="folder to save it in; must be new or empty")
+    v.add_argument("--steps", type=int, metavar="N", help="training steps (default: 1500)")
+    v.add_argument("--batch-size", type=int, metavar="N", help="frames of a step (default: 128)")
+    v.add_argument("--size", type=int, metavar="PIXELS", help="side to which images are resized (default: 64)")
+    v.add_argument("--views", metavar="A,B,C", help="views to use (default: the first three of each dataset)")
+    _seed(v, "of the split, the initial weights and the batches")
+
     v = verb("fit", "fit or train a tokenizer on a dataset's training episodes", "fit")
     v.add_argument("name", metavar="NAME", help="a tokenizer of `actok list`")
     _data(v, many=True, more=", or one mixture (name or TOML)")
@@ -139,6 +148,15 @@ def _training(v: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
     group.add_argument(
         "--train", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override training settings"
+    )
+    group.add_argument("--features", metavar="DIR", help="folder of `actok features`: train on semantic objectives too")
+    group.add_argument(
+        "--align",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="override semantic objectives, e.g. prediction=0",
     )
     group.add_argument("--run", metavar="DIR", help="folder of log and checkpoints (default: that of --out, with -run)")
     group.add_argument("--resume", action="store_true", help="go on where the run in that folder stands")

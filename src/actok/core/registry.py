@@ -9,6 +9,8 @@ Listing reads text only; a class is imported when it is asked for. A preset file
     bins = 256
     [training]                                        # learned tokenizers only: fields of actok.training.TrainConfig
     steps = 3000
+    [alignment]                                       # learned tokenizers trained on a teacher's features: fields of
+    contrast = 0.5                                    # actok.alignment.AlignmentConfig
     [[sweep]]                                         # optional: settings from coarse to fine, for rate-distortion
     bins = 16                                         # curves and for the search of fit(tolerance=...)
 """
@@ -55,6 +57,7 @@ class Preset:
     paper: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    alignment: Mapping[str, Any] = field(default_factory=dict)
     sweep: Sequence[Mapping[str, Any]] = ()
 
 
@@ -82,7 +85,7 @@ def tokenizer_presets() -> Mapping[str, Preset]:
             found[path.stem] = Preset(name=path.stem, **values)
         except TypeError as error:
             raise ConfigError(
-                f"{path}: {error}; a preset has summary, target, paper, settings, training, sweep"
+                f"{path}: {error}; a preset has summary, target, paper, settings, training, alignment, sweep"
             ) from None
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         if point.name not in found:

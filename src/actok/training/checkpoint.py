@@ -29,7 +29,7 @@ class Checkpoint:
 
     Attributes:
         step: how many are done.
-        tensors: group ("model", "ema", "optimizer", "best") -> name -> tensor, on the CPU.
+        tensors: group ("model", "heads", "ema", "optimizer", "best") -> name -> tensor, on the CPU.
         facts: JSON values.
     """
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actok.core import CodecBatch, ConfigError, MissingExtraError
+from actok.core import ConfigError, MissingExtraError
 from actok.data.mixtures import MixtureSampler
 from actok.quantizers import Quantizer
 from actok.quantizers.codebook import Codebook
@@ -25,14 +25,16 @@ from actok.tokenizers.neural import join
 from actok.training.checkpoint import Checkpoint
 from actok.training.config import TrainConfig
 from actok.training.health import Health
+from actok.training.model import Aligned, parameter_groups, pinned
 from actok.training.report import Report, flat
 from actok.training.run_folder import RunFolder, check_trackers
-from actok.training.sources import Batches, Prefetcher, Source
+from actok.training.sources import Batches, Prefetcher, Source, TrainBatch
 from actok.training.stopping import StopSignals, TrainingStopped, explain
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from actok.alignment.objectives import SemanticHeads
     from actok.tokenizers.neural import NeuralTokenizer
 
 # How long a process waits for the others before it counts as hung.
@@ -41,10 +43,8 @@ RANK_TIMEOUT = timedelta(minutes=10)
 AGREE_EVERY = 10
 # Codebooks that start late do so from so many batches, and of about so many chunks at most.
 START_BATCHES, START_CHUNKS = 16, 8192
-# Weight decay acts on the weights of these.
-DECAYED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
-__all__ = ["Trained", "Trainer", "parameter_groups"]
+__all__ = ["Trained", "Trainer"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,23 +60,6 @@ class Trained:
     summary: Mapping[str, Any]
 
 
-def parameter_groups(codec: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of the codec's parameters, in its order: with weight decay (weights of linear maps and convolutions) and without."""
-    decayed = {
-        id(parameter)
-        for module in codec.modules()
-        if isinstance(module, DECAYED)
-        for parameter in module.parameters(recurse=False)
-        if parameter.ndim > 1
-    }
-    parameters = [p for p in codec.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
-
-
 class Trainer:
     """One training run of one tokenizer.
 
@@ -87,6 +70,8 @@ class Trainer:
         ratios: of the sources; "size": every chunk is as likely as any other.
         judge: metrics of a tokenizer on validation episodes, of which "l1" chooses the best; None: keep the last weights.
         folder: where log and checkpoints go; None: nowhere.
+        heads: semantic objectives (`actok.alignment`) that are trained along and dropped afterwards; None: none.
+        masking_from: share of the steps after which masked action modelling begins.
         progress: show a bar on stderr.
     """
 
@@ -99,9 +84,12 @@ class Trainer:
         ratios: Sequence[float] | Literal["size"] = "size",
         judge: Callable[[NeuralTokenizer], dict[str, Any]] | None = None,
         folder: RunFolder | None = None,
+        heads: SemanticHeads | None = None,
+        masking_from: float = 0.0,
         progress: bool = True,
     ) -> None:
         self.tokenizer, self.config, self.judge, self.folder = tokenizer, config, judge, folder
+        self.masking_from = max(config.unquantised, round(masking_from * config.steps))
         self.accelerator = _accelerator(config, folder)
         self.sampler = MixtureSampler(
             [s.size for s in sources], ratios=ratios, batch_size=config.batch_size, seed=config.seed
@@ -110,12 +98,14 @@ class Trainer:
         self.batches = Batches(tokenizer, sources, self.sampler, rank=rank, ranks=ranks)
         self.sampler.samples(0, rank=rank, ranks=ranks)  # refuses a batch that cannot be divided, before anything runs
         self.codec = copy.deepcopy(tokenizer.codec).train().requires_grad_(True)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.codec, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
-        )
+        self.heads = heads
         if config.compile:
             self.codec.compile()
-        self.model, self.optimizer = self.accelerator.prepare(self.codec, optimizer)
+        model = Aligned(self.codec, heads)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.quantizers = [m for m in self.codec.modules() if isinstance(m, Quantizer)]
         self.names = {name: p for name, p in self.codec.named_parameters() if p.requires_grad}
         self.ema: dict[str, Tensor] = {}
@@ -148,7 +138,7 @@ class Trainer:
         with (
             torch.random.fork_rng(devices=[self.accelerator.device] if cuda else []),
             StopSignals() as signals,
-            Prefetcher(self.batches.at, self.done, config.steps, _pinned if cuda else None) as feed,
+            Prefetcher(self.batches.at, self.done, config.steps, pinned if cuda else None) as feed,
             self.report.open(self.done),
         ):
             for step in range(self.done, config.steps):
@@ -185,7 +175,7 @@ class Trainer:
         if saving:
             self._save()
 
-    def _step(self, step: int, batch: CodecBatch) -> None:
+    def _step(self, step: int, batch: TrainBatch) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(step)
         torch.manual_seed(_mixed(self.config.seed, step, self.accelerator.process_index))
@@ -195,6 +185,8 @@ class Trainer:
                 quantizer.bypassed = step < self.config.unquantised
             if step == self.config.unquantised:
                 self._start_codebooks(step)
+        if self.heads is not None:
+            self.heads.masking_on = step >= self.masking_from
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.model(batch.to(device))
         loss = torch.stack([value.float() for value in output.losses.values()]).sum()
@@ -213,7 +205,7 @@ class Trainer:
     def _start_codebooks(self, step: int) -> None:
         """Codebooks from the latents of this batch and some that follow: a batch alone has fewer than there are codes."""
         count = max(1, min(START_BATCHES, START_CHUNKS // self.config.batch_size))
-        pool = join([self.batches.at(step + i) for i in range(count)])
+        pool = join([self.batches.at(step + i, steps=self.tokenizer.horizon).chunks for i in range(count)])
         self.codec.forward(pool.to(self.accelerator.device))  # called, it would be compiled for this size too
         for module in self.codec.modules():
             if isinstance(module, Codebook):
@@ -230,7 +222,7 @@ class Trainer:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained by gradient."""
+        """How many numbers of the codec are trained by gradient."""
         return sum(p.numel() for p in self.names.values())
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -255,6 +247,11 @@ class Trainer:
 
     # -- state ----------------------------------------------------------------------------------------------------
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """All parameters of the optimiser by name, the heads' with a prefix of their own."""
+        heads = {} if self.heads is None else {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        return {**self.names, **heads}
+
     def _state(self) -> dict[str, Tensor]:
         """The weights to evaluate and keep: averaged where they are, codebooks as they stand."""
         return {**self.codec.state_dict(), **self.ema}
@@ -268,11 +265,12 @@ class Trainer:
     def _checkpoint(self) -> Checkpoint:
         optimizer = {
             f"{name}/{key}": value
-            for name, parameter in self.names.items()
+            for name, parameter in self._trained().items()
             for key, value in self.optimizer.state[parameter].items()
         }
         tensors = {
             "model": self.codec.state_dict(),
+            "heads": {} if self.heads is None else self.heads.state_dict(),
             "ema": self.ema,
             "optimizer": optimizer,
             "best": self.best_state or {},
@@ -299,10 +297,13 @@ class Trainer:
         """Put the run where a checkpoint of it stands."""
         tensors, facts, device = checkpoint.tensors, checkpoint.facts, self.accelerator.device
         self.codec.load_state_dict(tensors["model"])
+        if self.heads is not None:
+            self.heads.load_state_dict(tensors["heads"])
+        names = self._trained()
         self.ema = {name: tensors["ema"][name].to(device) for name in self.ema}
         for key, value in tensors["optimizer"].items():
             name, _, entry = key.rpartition("/")
-            self.optimizer.state[self.names[name]][entry] = value.to(device)
+            self.optimizer.state[names[name]][entry] = value.to(device)
         self.best, self.best_state = facts["best"], dict(tensors["best"]) or None
         self.health.restore(facts["health"])
         self.done, self.seconds, self.waited = checkpoint.step, facts["seconds"], facts["waited"]
@@ -373,11 +374,3 @@ def _mixed(*numbers: int) -> int:
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         value ^= value >> 31
     return value >> 1
-
-
-def _pinned(batch: CodecBatch) -> CodecBatch:
-    """In page-locked memory, from which copies to the device do not wait."""
-    return CodecBatch(
-        **{name: getattr(batch, name).pin_memory() for name in ("actions", "present", "real", "embodiment")},
-        structure={name: table.contiguous().pin_memory() for name, table in batch.structure.items()},
-    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,11 @@ from actok.core.registry import load_target
 from actok.data import Chunks, FrameCache, Mixture, open_dataset, split_dataset
 from actok.signal.sketch import StatisticsAccumulator
 from actok.training.config import FINISH_CHUNKS, TrainConfig, train_config
+from actok.training.semantic import alignment_config, open_features, same_teacher
 from actok.training.tolerance import Tolerance, search
+
+if TYPE_CHECKING:
+    from actok.alignment.store import FeatureStore
 
 # Of training, validation and test episodes, here and in the benchmark.
 FRACTIONS = (0.8, 0.1, 0.1)
@@ -48,6 +52,7 @@ class Material:
         anchors: proprioception at the chunk starts of validation and test, or None.
         accumulator: statistics of the training episodes, to be merged with those of other datasets.
         origin: what the data were and how the action space was found, for the artifact's meta.
+        features: of a teacher, for the dataset's frames, or None.
     """
 
     train: FitPart
@@ -58,6 +63,7 @@ class Material:
     accumulator: StatisticsAccumulator
     origin: Mapping[str, Any]
     rows: np.ndarray | None = None
+    features: FeatureStore | None = None
 
     def renamed(self, embodiment: str) -> Material:
         """The same chunks under another embodiment's name."""
@@ -83,20 +89,27 @@ def load(folder_or_hub_id: str | Path, *, revision: str | None = None) -> Action
 
 
 def fit_parts(
-    name: str, parts: Sequence[FitPart], *, training: Mapping[str, Any] | None = None, **settings: Any
+    name: str,
+    parts: Sequence[FitPart],
+    *,
+    training: Mapping[str, Any] | None = None,
+    alignment: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> ActionTokenizer:
     """Fit the preset `name`, its settings overridden by `settings`, on prepared chunks of one or more embodiments.
 
     A learned preset is trained, by its [training] table overridden by `training` (fields of `TrainConfig`), on all parts
-    together, every chunk as likely as any other; the last weights are kept, since nothing is held out.
+    together, every chunk as likely as any other; the last weights are kept, since nothing is held out. Objectives
+    (`alignment`, fields of `actok.alignment.AlignmentConfig` over the preset's) that need a teacher are left out.
     """
     preset = find_preset(name)
     target = load_target(preset.target)
     if target.learned:
         from actok.training.learned import train_parts
 
-        return train_parts(target, *_configs(name, settings, training), parts)
-    _refuse_training(name, training)
+        objectives = alignment_config(name, alignment, None, frames=False)
+        return train_parts(target, *_configs(name, settings, training), parts, alignment=objectives)
+    _refuse_training(name, training or alignment)
     config = build_config(target.config_class, merge_settings(preset.settings, settings), f"tokenizer {name!r}")
     tokenizer: ActionTokenizer = target.fit(parts, config)
     return tokenizer
@@ -120,6 +133,8 @@ def fit(
     seed: int = 0,
     max_chunks: int | None = None,
     training: Mapping[str, Any] | None = None,
+    features: str | Path | None = None,
+    alignment: Mapping[str, Any] | None = None,
     run: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -149,6 +164,9 @@ def fit(
         max_chunks: a larger training set is subsampled to this many chunks of each dataset, evenly over all. Default:
             200,000, and all of them for a learned preset, which cuts chunks when it needs them.
         training: of a learned preset: fields of `actok.training.TrainConfig`, over the preset's.
+        features: of a learned preset: folder of `actok features`, with a teacher's features of these data; trains it on
+            semantic objectives too, which a preset of X-Tokenizer always asks for.
+        alignment: of a learned preset: fields of `actok.alignment.AlignmentConfig`, over the preset's.
         run: of a learned preset: folder for its log and checkpoints; None: nothing but the result is kept.
         resume: go on where the run in that folder stands, with the same data and settings.
         progress: of a learned preset: tell on stderr how it goes.
@@ -163,6 +181,8 @@ def fit(
     target = load_target(find_preset(name).target)
     trained = target.learned and tolerance is None  # else fitted on chunks in memory, possibly many times
     _check_options(name, target.learned, tolerance, training, run, resume)
+    if not target.learned and (alignment or features is not None):
+        raise ConfigError(f"{name} is fitted in closed form and has no objectives; leave out features and alignment")
     if max_chunks is not None and max_chunks < 1:
         raise ConfigError(f"max_chunks is {max_chunks}; give at least 1")
     if target.learned:
@@ -173,6 +193,10 @@ def fit(
     # A list of arrays [T, D] is one dataset, its episodes; a list of anything else holds one dataset an entry.
     several = isinstance(data, (list, tuple)) and data and not (_is_array(data[0]) and data[0].ndim == 2)
     sources = data if several else [data]
+    objectives = None
+    if trained:
+        frames = not any(_is_array(source) for source in sources)
+        objectives = alignment_config(name, alignment, features, frames=frames, data=sources)
     limit = max_chunks or MAX_CHUNKS
     options: dict[str, Any] = {
         "horizon": horizon,
@@ -180,6 +204,7 @@ def fit(
         "rate_hz": rate_hz,
         "seed": seed,
         "max_chunks": min(limit, max(1, FINISH_CHUNKS // len(sources))) if trained else limit,
+        "features": features if objectives is not None and objectives.needs_teacher else None,
     }
     materials = [
         load_material(source, hold_out=tolerance is not None or not _is_array(source), **options) for source in sources
@@ -192,6 +217,7 @@ def fit(
         materials = _to_draw_from(materials, ratios, max_chunks)
     elif ratios is not None:
         materials = _in_ratio(materials, ratios, limit)
+    same_teacher([m.features for m in materials if m.features is not None])
     materials = _one_normaliser_each(_one_name_one_space(materials))
     meta: dict[str, Any] = {"preset": name, "data": [dict(m.origin) for m in materials]}
     if trained:
@@ -203,6 +229,7 @@ def fit(
             *_configs(name, settings, training),
             materials,
             ratios="size" if ratios is None else ratios,
+            alignment=objectives,
             run=run,
             resume=resume,
             progress=progress,
@@ -271,7 +298,8 @@ def _in_ratio(materials: Sequence[Material], ratios: Sequence[float], max_chunks
         part, share = material.train, max(1, round(total * ratio / sum(ratios)))
         rows = np.linspace(0, len(part.actions) - 1, share).round().astype(np.int64)
         pad = None if part.pad_mask is None else part.pad_mask[rows]
-        train = replace(part, actions=part.actions[rows], pad_mask=pad)
+        anchor = None if part.anchor is None else part.anchor[rows]
+        train = replace(part, actions=part.actions[rows], pad_mask=pad, anchor=anchor)
         found.append(replace(material, train=train, origin={**material.origin, "train_chunks": share, "ratio": ratio}))
     return found
 
@@ -312,8 +340,11 @@ def load_material(
     seed: int = 0,
     max_chunks: int = MAX_CHUNKS,
     hold_out: bool = True,
+    features: str | Path | None = None,
 ) -> Material:
     """Open a source, split it by episode (`hold_out` False: all of it is training data) and cut chunks.
+
+    `features` is the folder where a teacher's features of it are.
 
     An array [B, T, D] counts as B episodes of one chunk each.
     """
@@ -343,7 +374,7 @@ def load_material(
         batch = pool.batch(wanted)
         anchors[which] = batch.anchor
         pad = batch.pad_mask if batch.pad_mask.any() else None
-        return FitPart(actions=batch.actions, space=space, statistics=statistics, pad_mask=pad)
+        return FitPart(actions=batch.actions, space=space, statistics=statistics, pad_mask=pad, anchor=batch.anchor)
 
     train = part("train")
     assert train is not None, "split_dataset fills train first"
@@ -354,6 +385,7 @@ def load_material(
         pool=train_pool,
         anchors=anchors,
         accumulator=accumulator,
+        features=None if features is None else open_features(features, dataset, rate_hz),
         origin={
             "name": dataset.name,
             "episodes": len(dataset),

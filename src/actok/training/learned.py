@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from actok.core import ActionTokenizer, FitPart
@@ -23,16 +24,46 @@ from actok.training.run_folder import RunFolder
 from actok.training.sources import Source
 
 if TYPE_CHECKING:
+    from actok.alignment.objectives import AlignmentConfig
+    from actok.tokenizers.neural import NeuralTokenizer
     from actok.training.fitting import Material
 
 __all__ = ["train_materials", "train_parts"]
 
 
-def train_parts(target: Any, config: Any, training: TrainConfig, parts: Sequence[FitPart]) -> ActionTokenizer:
+def train_parts(
+    target: Any,
+    config: Any,
+    training: TrainConfig,
+    parts: Sequence[FitPart],
+    *,
+    alignment: AlignmentConfig | None = None,
+) -> ActionTokenizer:
     """Train a tokenizer of class `target` on chunks in memory; the last weights are kept."""
     tokenizer = target.prepare(parts, config, seed=training.seed)
-    trained = Trainer(tokenizer, [Source.of_part(p) for p in parts], training).run()
+    sources = [Source.of_part(p) for p in parts]
+    trained = Trainer(tokenizer, sources, training, **_heads(tokenizer, alignment, sources, training.seed)).run()
     return _finished(trained, parts)
+
+
+def _heads(
+    tokenizer: NeuralTokenizer, alignment: AlignmentConfig | None, sources: Sequence[Source], seed: int
+) -> dict[str, Any]:
+    """The trainer's arguments about semantic objectives, initial weights drawn from the seed; none without objectives."""
+    if alignment is None:
+        return {}
+    from actok.alignment.objectives import SemanticHeads
+
+    stores = [s.features for s in sources if s.features is not None]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        heads = SemanticHeads(
+            alignment,
+            dim=tokenizer.codec.quantizer.dim,
+            sizes=tokenizer.codec.quantizer.sizes,
+            feature_dim=stores[0].dim if stores else None,
+        )
+    return {"heads": heads, "masking_from": alignment.masking_after}
 
 
 def train_materials(
@@ -43,6 +74,7 @@ def train_materials(
     materials: Sequence[Material],
     *,
     ratios: Sequence[float] | Literal["size"] = "size",
+    alignment: AlignmentConfig | None = None,
     run: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -56,6 +88,7 @@ def train_materials(
         training: how to train.
         materials: one per dataset; the embodiments' names and statistics are settled.
         ratios: of the datasets.
+        alignment: semantic objectives; those that need a teacher read the materials' features. None: none.
         run: folder for log and checkpoints, None for none.
         resume: go on where the run in that folder stands.
         progress: tell on stderr.
@@ -66,7 +99,7 @@ def train_materials(
     main = int(os.environ.get("RANK", "0")) == 0
     parts = [m.train for m in materials]
     tokenizer = target.prepare(parts, config, seed=training.seed)
-    sources = [Source.of_chunks(m.pool, m.train.space.embodiment, m.rows) for m in materials]
+    sources = [Source.of_chunks(m.pool, m.train.space.embodiment, m.rows, features=m.features) for m in materials]
     held_out = [
         HeldOutChunks.of(
             m.origin["name"], m.validation, m.anchors["validation"], m.train.statistics, training.eval_chunks
@@ -76,7 +109,8 @@ def train_materials(
     ]
     folder = None
     if run is not None:
-        folder = RunFolder(run, _identity(name, config, materials, training, ratios), resume=resume, main=main)
+        identity = _identity(name, config, materials, training, ratios, alignment)
+        folder = RunFolder(run, identity, resume=resume, main=main)
     trainer = Trainer(
         tokenizer,
         sources,
@@ -85,6 +119,7 @@ def train_materials(
         judge=partial(judge, datasets=held_out) if held_out else None,
         folder=folder,
         progress=progress,
+        **_heads(tokenizer, alignment, sources, training.seed),
     )
     resumed = trainer.resume()
     if trainer.report.progress:
@@ -108,11 +143,17 @@ def _sample(part: FitPart, most: int) -> FitPart:
         return part
     rows = np.linspace(0, len(part.actions) - 1, most).round().astype(np.int64)
     pad = None if part.pad_mask is None else part.pad_mask[rows]
-    return replace(part, actions=part.actions[rows], pad_mask=pad)
+    anchor = None if part.anchor is None else part.anchor[rows]
+    return replace(part, actions=part.actions[rows], pad_mask=pad, anchor=anchor)
 
 
 def _identity(
-    name: str, config: Any, materials: Sequence[Material], training: TrainConfig, ratios: Sequence[float] | str
+    name: str,
+    config: Any,
+    materials: Sequence[Material],
+    training: TrainConfig,
+    ratios: Sequence[float] | str,
+    alignment: AlignmentConfig | None,
 ) -> dict[str, Any]:
     """Everything that a run's outcome depends on, as JSON values."""
     data = []
@@ -127,7 +168,11 @@ def _identity(
         )
     settings = json.loads(json.dumps(asdict(config), default=str))
     shares = ratios if isinstance(ratios, str) else list(ratios)
-    return {"tokenizer": name, "settings": settings, "training": asdict(training), "ratios": shares, "data": data}
+    found = {"tokenizer": name, "settings": settings, "training": asdict(training), "ratios": shares, "data": data}
+    if alignment is not None:
+        teachers = [None if m.features is None else dict(m.features.teacher) for m in materials]
+        found["alignment"] = {**asdict(alignment), "teachers": teachers}
+    return found
 
 
 def _announce(
@@ -147,6 +192,11 @@ def _announce(
         f" {config.steps * config.batch_size / count:.1f} epochs; {validation}",
         sys.stderr,
     )
+    if trainer.heads is not None:
+        names = ", ".join(trainer.heads.names)
+        teacher = next((s.features.teacher.get("model") for s in sources if s.features is not None), None)
+        told = "" if teacher is None else f", features of {teacher}"
+        tqdm.write(f"semantic objectives: {names}{told}", sys.stderr)
     if trainer.folder is not None:
         state = f"going on after step {trainer.done}" if resumed else "new"
         tqdm.write(f"run folder {trainer.folder.path} ({state})", sys.stderr)
