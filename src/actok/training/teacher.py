@@ -258,9 +258,7 @@ def _retrieval(similarity: Float[np.ndarray, "N M"], frames: Frames, rows: np.nd
 # -- training -----------------------------------------------------------------------------------------------------
 
 
-def _train(
-    model: SceneModel, frames: Frames, texts: Sequence[str], training: TeacherTraining, progress: bool
-) -> float:
+def _train(model: SceneModel, frames: Frames, texts: Sequence[str], training: TeacherTraining, progress: bool) -> float:
     """Returns the mean loss of the last tenth of the steps."""
     model.train()
     device = model.log_scale.device
@@ -338,7 +336,9 @@ def _read(
     tasks: dict[str, int] = {}
     images = 0
     total = sum(len(d) for d in datasets)
-    with tqdm(total=total, desc="reading images", unit="episode", file=sys.stderr, delay=2, disable=not progress) as bar:
+    with tqdm(
+        total=total, desc="reading images", unit="episode", file=sys.stderr, delay=2, disable=not progress
+    ) as bar:
         for dataset, chosen, split in zip(datasets, names, splits, strict=True):
             train = set(split.train.tolist())
             for index in range(len(dataset)):
@@ -359,7 +359,9 @@ def _read(
                 held_out.append(np.full(len(at), index not in train))
                 bar.update()
     if len(texts) < 2:
-        raise DataError(f"all frames have the text {next(iter(texts))!r}; give data of several tasks, or with sub-tasks")
+        raise DataError(
+            f"all frames have the text {next(iter(texts))!r}; give data of several tasks, or with sub-tasks"
+        )
     frames = Frames(
         pixels=pixels,
         image_of=np.concatenate(image_of)[:, : max(len(n) for n in names)],
