@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from actok.core import ActionSpace, ActokError, DataError, SpaceMismatchError
 from actok.data.episodes import Episode, EpisodeDataset
-from actok.data.resample import resample, resampled_length, resampled_space
+from actok.data.resample import resample, resampled_length, resampled_space, states_at
 from actok.signal.sketch import StatisticsAccumulator
 from actok.signal.statistics import Statistics
 
@@ -253,7 +253,7 @@ def _fill(
         if rate_hz is not None and len(frames):
             frames = resample(frames, dataset.space, dataset.space.rate_hz, rate_hz)
             if state is not None:
-                state = state[_states_at(len(state), dataset.space.rate_hz, rate_hz)]
+                state = state[states_at(len(state), dataset.space.rate_hz, rate_hz)]
         actions[rows] = frames
         if proprio is not None:
             proprio[rows] = state
@@ -261,15 +261,6 @@ def _fill(
         if isinstance(array, np.memmap):
             array.flush()
     return cls(name=dataset.name, space=space, actions=actions, proprio=proprio, offsets=offsets, tasks=tuple(tasks))
-
-
-def _states_at(count: int, from_hz: float | None, to_hz: float) -> Int[np.ndarray, "_"]:
-    """Index of the last state recorded at or before each new step.
-
-    A state may hold anything (quaternions, angles that wrap, contact flags), so it is never interpolated.
-    """
-    steps = np.arange(resampled_length(count, from_hz, to_hz))
-    return np.minimum(np.floor(steps * (from_hz or to_hz) / to_hz + 1e-9).astype(np.int64), count - 1)
 
 
 def _check(episode: Episode, dataset: EpisodeDataset, index: int) -> None:

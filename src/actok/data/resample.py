@@ -27,7 +27,7 @@ from actok.signal.rotations import compose, from_matrix, to_matrix
 # Two times closer than this fraction of a step are the same: 3 / 30 s and 1 / 10 s.
 SAME_TIME = 1e-9
 
-__all__ = ["resample", "resampled_length", "resampled_space"]
+__all__ = ["resample", "resampled_length", "resampled_space", "states_at"]
 
 
 def resampled_length(steps: int, from_hz: float | None, to_hz: float) -> int:
@@ -49,6 +49,15 @@ def resampled_space(space: ActionSpace, to_hz: float) -> ActionSpace:
             factor[list(group.dims)] = (space.rate_hz or to_hz) / to_hz
     low, high = (None if b is None else tuple((np.asarray(b) * factor).tolist()) for b in (space.low, space.high))
     return replace(space, rate_hz=float(to_hz), low=low, high=high)
+
+
+def states_at(count: int, from_hz: float | None, to_hz: float) -> Int[np.ndarray, "_"]:
+    """Index of the last state recorded at or before each new step.
+
+    A state may hold anything (quaternions, angles that wrap, contact flags), so it is never interpolated.
+    """
+    steps = np.arange(resampled_length(count, from_hz, to_hz))
+    return np.minimum(np.floor(steps * (from_hz or to_hz) / to_hz + 1e-9).astype(np.int64), count - 1)
 
 
 def resample(actions: Any, space: ActionSpace, from_hz: float | None, to_hz: float) -> Float[np.ndarray, "_ D"]:
