@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from actok.alignment.features import FeatureBatch
-from actok.alignment.pooling import pooled, standardised
+from actok.alignment.slots import pooled, standardised
 from actok.quantizers import ranks
 from actok.quantizers.base import full_precision
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from actok.alignment.config import HEAD
-from actok.alignment.pooling import real_slots
+from actok.alignment.slots import real_slots
 from actok.core import CodecBatch
 from actok.nn.transformer import Stack, sinusoids
 from actok.quantizers import Quantizer

@@ -12,8 +12,8 @@ from actok.alignment.config import AlignmentConfig
 from actok.alignment.contrast import Contrast
 from actok.alignment.features import FeatureBatch
 from actok.alignment.masking import MaskedCodes, masked_actions
-from actok.alignment.pooling import real_slots
 from actok.alignment.prediction import NextFeature
+from actok.alignment.slots import real_slots
 from actok.core import CodecBatch, CodecOutput, ConfigError
 
 __all__ = ["Alignable", "AlignmentConfig", "SemanticHeads"]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from actok.alignment.features import FeatureBatch
-from actok.alignment.pooling import pooled, standardised
+from actok.alignment.slots import pooled, standardised
 
 __all__ = ["NextFeature"]
 
