@@ -5,7 +5,7 @@ and a text tower (a Transformer over words) meet in one space, where an image li
 was taken. Source of the objective: CLIP (Radford et al. 2021, arXiv 2103.00020, figure 3).
 
 Deviations from CLIP: identical texts of a batch are one text, so that no image is pushed off its own words; up to three
-views of a moment are averaged before the projection; words are made of pieces (the word and its letter trigrams, as in
+views of a moment are averaged, in any order; words are made of pieces (the word and its letter trigrams, as in
 fastText, Bojanowski et al. 2017, arXiv 1607.04606), so that a word never seen takes part by the pieces that were.
 """
 
@@ -26,19 +26,27 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actok.alignment.teacher import SCENE, VIEWS, Teacher
 from actok.core import ArtifactError, ConfigError, DataError
 from actok.core.artifact import CONFIG_FILE, TENSOR_FILE, write_folder
 from actok.nn.transformer import Stack
 
-MODEL_TYPE = "actok_scene"
 VERSION = 1
 VOCABULARY_FILE = "vocabulary.json"
-VIEWS = 3
 # Learned, in logarithm; limits as in CLIP (section 2.5).
 FIRST_TEMPERATURE, MOST_SCALE = 0.07, 100.0
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 
-__all__ = ["SceneConfig", "SceneModel", "Vocabulary", "contrastive_loss", "load_scene", "resize", "save_scene"]
+__all__ = [
+    "SceneConfig",
+    "SceneModel",
+    "SceneTeacher",
+    "Vocabulary",
+    "contrastive_loss",
+    "load_scene",
+    "resize",
+    "save_scene",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,28 +157,25 @@ class SceneModel(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Convolutions that halve the image, then one linear map of the whole feature map; views are averaged after it."""
+    """Convolutions that halve the image, then two layers over the whole feature map; then the mean over views."""
 
     def __init__(self, config: SceneConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         width = 3
         for channels in config.channels:
-            layers += [nn.Conv2d(width, channels, 3, stride=2, padding=1), nn.GroupNorm(1, channels), nn.GELU()]
+            layers += [nn.Conv2d(width, channels, 3, stride=2, padding=1), nn.GroupNorm(1, channels), nn.ReLU()]
             width = channels
         self.convolutions = nn.Sequential(*layers)
         self.flat = nn.Linear(width * (config.image_size // config.halving) ** 2, 2 * config.dim)
-        self.views = nn.Embedding(VIEWS, 2 * config.dim)
         self.out = nn.Sequential(nn.RMSNorm(2 * config.dim), nn.GELU(), nn.Linear(2 * config.dim, config.dim))
 
     def forward(self, images: UInt8[Tensor, "B V H H 3"], present: Bool[Tensor, "B V"]) -> Float[Tensor, "B F"]:
         """Only views that are present are looked at."""
         pixels = images[present].permute(0, 3, 1, 2).float() / 127.5 - 1  # channels last in memory, which is fast
-        found = self.flat(self.convolutions(pixels).flatten(1))
-        found = found + self.views(present.nonzero()[:, 1])
-        total = found.new_zeros(*present.shape, found.shape[-1])
-        total[present] = found
-        return self.out(total.sum(1) / present.sum(1, keepdim=True))
+        found = self.out(self.flat(self.convolutions(pixels).flatten(1)))
+        total = found.new_zeros(len(present), found.shape[-1]).index_add(0, present.nonzero()[:, 0], found)
+        return total / present.sum(1, keepdim=True)
 
 
 class TextTower(nn.Module):
@@ -221,6 +226,49 @@ def resize(images: UInt8[np.ndarray, "B H W 3"], size: int) -> UInt8[np.ndarray,
     return found
 
 
+class SceneTeacher(Teacher):
+    """A trained model, frozen: the unit mean of image and text, or the text alone where there are no images.
+
+    Both live in one space. The order of views does not matter.
+    """
+
+    def __init__(self, model: SceneModel, *, name: str, content: str, views: int = VIEWS) -> None:
+        """`name` of the folder and sha256 of its content, for the identity."""
+        self.model, self.views, self.dim = model.eval().requires_grad_(False), views, model.config.dim
+        self._name, self._content = name, content
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, device: str = "cpu") -> SceneTeacher:
+        """What `actok teacher` wrote. Raises ArtifactError where it is not complete."""
+        model, content = load_scene(folder)
+        return cls(model.to(device), name=Path(folder).resolve().name, content=content)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """See Teacher.identity."""
+        return {
+            "kind": SCENE,
+            "model": self._name,
+            "hash": self._content,
+            "dim": self.dim,
+            "views": self.views,
+            "dtype": "float32",
+            "layer": None,
+            "pooling": "unit mean of unit image and unit text",
+            "prompt": "{text}",
+        }
+
+    def _features(self, texts: list[str], images: list[np.ndarray]) -> Float[Tensor, "B F"]:
+        distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}  # few of a recording's texts differ
+        total = self.model.text([self.model.vocabulary.rows(text) for text in distinct])
+        total = total[[distinct[text] for text in texts]]
+        if images:
+            size = self.model.config.image_size
+            views = torch.from_numpy(np.stack([resize(view, size) for view in images], 1)).to(total.device)
+            total = total + self.model.image(views, views.new_ones(views.shape[:2], dtype=torch.bool))
+        return F.normalize(total, dim=-1)
+
+
 # -- on disk ------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +284,7 @@ def save_scene(model: SceneModel, folder: str | Path, training: Mapping[str, Any
         TENSOR_FILE: save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}),
     }
     body = {
-        "model_type": MODEL_TYPE,
+        "model_type": SCENE,
         "version": VERSION,
         "config": asdict(model.config),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
@@ -256,7 +304,7 @@ def load_scene(folder: str | Path) -> tuple[SceneModel, str]:
     folder = Path(folder)
     try:
         body = json.loads((folder / CONFIG_FILE).read_bytes())
-        if body["model_type"] != MODEL_TYPE:
+        if body["model_type"] != SCENE:
             raise ArtifactError(f"{folder} holds a model of type {body['model_type']!r}, not of `actok teacher`")
         if body["version"] != VERSION:
             raise ArtifactError(

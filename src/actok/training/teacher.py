@@ -19,11 +19,13 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from tqdm import tqdm
 
-from actok.alignment.scene import VIEWS, SceneConfig, SceneModel, Vocabulary, contrastive_loss, resize, save_scene
+from actok.alignment.scene import SceneConfig, SceneModel, Vocabulary, contrastive_loss, resize, save_scene
+from actok.alignment.teacher import VIEWS
 from actok.core import ConfigError, DataError
 from actok.core.provenance import circumstances
 from actok.data import open_dataset, split_dataset
 from actok.data.episodes import Episode, EpisodeDataset
+from actok.data.instructions import frame_texts
 
 # Images are held in memory at the teacher's size; of more than these, every second, third, ... frame is taken.
 MOST_IMAGES = 100_000
@@ -352,9 +354,14 @@ def _read(
                     rows[:, v] = images + np.arange(len(at))
                     pixels[rows[:, v]] = resize(episode.images[name][at], size)
                     images += len(at)
-                said = _texts(episode, dataset)
+                said, active = frame_texts(episode)
+                if not all(said):
+                    raise DataError(
+                        f"episode {index} of {dataset.name!r} has frames without instruction, task or sub-task; give data that"
+                        " say in words what is done"
+                    )
                 image_of.append(rows)
-                text_of.append(np.array([texts.setdefault(said[i], len(texts)) for i in at], np.int64))
+                text_of.append(np.array([texts.setdefault(said[i], len(texts)) for i in active[at]], np.int64))
                 task_of.append(np.full(len(at), tasks.setdefault(_task(episode), len(tasks)), np.int64))
                 held_out.append(np.full(len(at), index not in train))
                 bar.update()
@@ -381,24 +388,8 @@ def _read(
     return frames, list(texts), facts
 
 
-def _texts(episode: Episode, dataset: EpisodeDataset) -> list[str]:
-    """The text in force at each step."""
-    task = _task(episode)
-    if not task and not episode.subtask_names:
-        raise DataError(
-            f"episode {episode.index} of {dataset.name!r} has no instruction, task or sub-task; give data that say in"
-            " words what is done"
-        )
-    if episode.subtask is None:
-        return [task] * len(episode)
-    names = episode.subtask_names
-    if all(name.isdigit() for name in names):
-        names = tuple(f"phase {i} of {len(names)}" for i in range(1, len(names) + 1))
-    return [f"{task}. {names[i]}" if i >= 0 else task for i in episode.subtask]
-
-
 def _task(episode: Episode) -> str:
-    return episode.instruction or episode.task
+    return episode.instruction.strip() or episode.task.strip()
 
 
 def _views(episode: Episode, dataset: EpisodeDataset, wanted: Sequence[str] | None) -> tuple[str, ...]:
