@@ -60,9 +60,9 @@ def test_a_job_is_asked_for_on_the_command_line_as_its_table_says(name):
     job = JOBS[name]
     preset = find_preset(job.preset)
     settings, wanted = job.resolved(103)
-    assert merge_settings(preset.settings, parse_assignments(training._assignments(job.settings))) == settings
+    assert merge_settings(preset.settings, parse_assignments(training.assignments(job.settings))) == settings
     changed = {k: v for k, v in wanted.items() if preset.training.get(k) != v}
-    assert {**preset.training, **parse_assignments(training._assignments(changed))} == wanted
+    assert {**preset.training, **parse_assignments(training.assignments(changed))} == wanted
     assert build_config(load_target(preset.target).config_class, settings, name)
     assert job.pace is None or JOBS[job.pace].pace is None
 

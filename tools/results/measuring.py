@@ -42,7 +42,7 @@ LIGHT_CHUNKS, LIGHT_FIT_CHUNKS = 2_000, 4_000
 COARSE_FAST = ({"scale": 0.25}, {"scale": 0.5}, {"scale": 1.0})
 FULL_PARTS = ("main", "matched")
 
-__all__ = ["FULL_PARTS", "measure_all"]
+__all__ = ["FULL_PARTS", "LEVELS", "Judged", "kept", "light_unit", "measure_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +149,12 @@ def _light(source: Source, wanted: list[Judged], out: Path) -> None:
             "settings": dict(judged.settings),
             "sweep": judged.sweep,
         }
-        units.append({**head, **_kept(store, key, partial(_light_unit, judged, prepared))})
+        units.append({**head, **kept(store, key, partial(light_unit, judged, prepared))})
     write_results({"provenance": provenance(SEED), "results": units}, out / "light.json")
 
 
-def _light_unit(judged: Judged, prepared: Prepared) -> dict[str, Any]:
+def light_unit(judged: Judged, prepared: Prepared) -> dict[str, Any]:
+    """Size, errors and code counts of one tokenizer, or the error that it cannot serve the data with."""
     data = prepared.held_out
     try:
         tokenizer, embodiment, adapted = embodiment_for(judged.made(prepared), data)
@@ -170,7 +171,8 @@ def _light_unit(judged: Judged, prepared: Prepared) -> dict[str, Any]:
     return {"status": "ok", "error": None, "adapted": adapted, "metrics": metrics, "counts": counts}
 
 
-def _kept(store: UnitStore, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def kept(store: UnitStore, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the store has under the key, else made and put there."""
     found = store.get(key)
     if found is None:
         found = plain(make())

@@ -34,12 +34,45 @@ POLL_S = 0.5
 TIMED, UNTIMED = 12, 4
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
-__all__ = ["ONE_THREAD", "calibrate", "finished", "specification", "tokenizer_folder", "train"]
+__all__ = [
+    "ONE_THREAD",
+    "Task",
+    "assignments",
+    "calibrate",
+    "finished",
+    "kept_specification",
+    "mixture",
+    "run_tasks",
+    "specification",
+    "tokenizer_folder",
+    "train",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A command that makes what is in one folder.
+
+    Attributes:
+        name: for messages.
+        folder: where spec.json, log.txt and failure.json go; emptied before, where it holds something else.
+        spec: everything that was asked for, kept in spec.json.
+        files: to write into the folder before, by name.
+        command: the command line.
+        said: what is said when it starts.
+    """
+
+    name: str
+    folder: Path
+    spec: Mapping[str, Any]
+    files: Mapping[str, str]
+    command: Sequence[str]
+    said: str
 
 
 @dataclass(kw_only=True, eq=False)
 class _Running:
-    """A job that is being trained."""
+    """A task that is being done."""
 
     name: str
     folder: Path
@@ -73,10 +106,11 @@ def specification(job: Job, places: Places) -> dict[str, Any] | None:
 def finished(job: Job, places: Places) -> bool:
     """Whether the job is done, as it is asked for now."""
     folder = places.trained / job.name
-    return (folder / "tokenizer" / "config.json").exists() and _kept(folder) == specification(job, places)
+    return (folder / "tokenizer" / "config.json").exists() and kept_specification(folder) == specification(job, places)
 
 
-def _kept(folder: Path) -> dict[str, Any] | None:
+def kept_specification(folder: Path) -> dict[str, Any] | None:
+    """What was asked for when a folder was made, None where nothing was."""
     try:
         found = json.loads((folder / "spec.json").read_bytes())
     except (OSError, ValueError):
@@ -94,25 +128,27 @@ def command(job: Job, places: Places, spec: Mapping[str, Any]) -> list[str]:
     data = sources[0].path if len(sources) == 1 else str(folder / "mixture.toml")
     text = [sys.executable, "-m", "actok", "fit", job.preset, "--data", data]
     text += ["--horizon", str(spec["horizon"]), "--seed", str(spec["seed"]), "--out", str(folder / "tokenizer")]
-    text += ["--run", str(folder / "run"), "--resume", "--train", *_assignments(changed)]
-    return text + (["--set", *_assignments(job.settings)] if job.settings else [])
+    text += ["--run", str(folder / "run"), "--resume", "--train", *assignments(changed)]
+    return text + (["--set", *assignments(job.settings)] if job.settings else [])
 
 
-def mixture(sources: Sequence[Source]) -> str:
+def mixture(sources: Sequence[Source], ratios: Mapping[str, int] = RATIOS) -> str:
     """A mixture file of data sets with their ratios."""
     text = ""
     for s in sources:
-        values = {"name": s.name, "source": s.path, "ratio": RATIOS[s.name], **({"space": s.space} if s.space else {})}
+        values = {"name": s.name, "source": s.path, "ratio": ratios[s.name], **({"space": s.space} if s.space else {})}
         text += "[[datasets]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
     return text
 
 
-def _assignments(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """["quantizer.codes=512"] from {"quantizer": {"codes": 512}}; JSON's numbers, texts and lists are TOML's too."""
+def assignments(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """["quantizer.codes=512"] from {"quantizer": {"codes": 512}}, for --set, --train and --align; JSON's numbers, texts and
+    lists are TOML's too.
+    """
     found = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found += _assignments(value, f"{prefix}{key}.")
+            found += assignments(value, f"{prefix}{key}.")
         else:
             found.append(f"{prefix}{key}={json.dumps(value)}")
     return found
@@ -131,17 +167,35 @@ def train(names: Sequence[str], places: Places, *, jobs: int, say: Callable[[str
         elif finished(JOBS[name], places):
             say(f"{name}: kept")
         else:
-            waiting.append((name, spec))
+            waiting.append(_task(name, spec, places))
     if waiting:
-        meant = sum(JOBS[name].seconds for name, _ in waiting) * places.scale / jobs
+        meant = sum(JOBS[task.name].seconds for task in waiting) * places.scale / jobs
         say(f"{len(waiting)} jobs, meant to take {meant / 60:.0f} minutes")
+    return run_tasks(waiting, places, jobs=jobs, say=say)
+
+
+def _task(name: str, spec: Mapping[str, Any], places: Places) -> Task:
+    folder = places.trained / name
+    return Task(
+        name=name,
+        folder=folder,
+        spec=spec,
+        files={"mixture.toml": mixture(JOBS[name].sources(places) or [])},
+        command=command(JOBS[name], places, spec),
+        said=f"{spec['training']['steps']} steps, log {folder / 'log.txt'}",
+    )
+
+
+def run_tasks(tasks: Sequence[Task], places: Places, *, jobs: int, say: Callable[[str], None] = print) -> list[str]:
+    """Do the tasks, some at a time on one thread each, in their order; the names of those that failed are returned."""
+    waiting = list(tasks)
     running: list[_Running] = []
     failed: list[str] = []
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(*waiting.pop(0), places, say))
+                running.append(_start(waiting.pop(0), places, say))
             time.sleep(POLL_S)
             for one in [r for r in running if r.process.poll() is not None]:
                 running.remove(one)
@@ -160,27 +214,27 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _start(name: str, spec: Mapping[str, Any], places: Places, say: Callable[[str], None]) -> _Running:
-    folder = places.trained / name
-    if _kept(folder) != spec:  # something else was trained here
+def _start(task: Task, places: Places, say: Callable[[str], None]) -> _Running:
+    folder = task.folder
+    if kept_specification(folder) != task.spec:  # something else was made here
         shutil.rmtree(folder, ignore_errors=True)
     (folder / "failure.json").unlink(missing_ok=True)
-    write_bytes(folder / "spec.json", json.dumps(spec, indent=1) + "\n")
-    write_bytes(folder / "mixture.toml", mixture(JOBS[name].sources(places) or []))
-    text = command(JOBS[name], places, spec)
-    say(f"{name}: {spec['training']['steps']} steps, log {folder / 'log.txt'}")
+    write_bytes(folder / "spec.json", json.dumps(task.spec, indent=1) + "\n")
+    for name, text in task.files.items():
+        write_bytes(folder / name, text)
+    say(f"{task.name}: {task.said}")
     # The frames of a data set are read once, and mapped into memory by all.
     environment = {**os.environ, **ONE_THREAD, "ACTOK_CACHE": str(places.work / "cache")}
     # A session of its own: Ctrl-C reaches it once, through this process.
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen(
-            text, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            task.command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
         )
-    return _Running(name=name, folder=folder, process=process, since=time.monotonic())
+    return _Running(name=task.name, folder=folder, process=process, since=time.monotonic())
 
 
 def _ended(one: _Running, say: Callable[[str], None]) -> bool:
-    """Say how a job ended; True where it succeeded. A failure is recorded."""
+    """Say how a task ended; True where it succeeded. A failure is recorded."""
     code, seconds = one.process.returncode, time.monotonic() - one.since
     if code == 0:
         say(f"{one.name}: done in {seconds:.0f} s")
