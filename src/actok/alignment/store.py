@@ -100,18 +100,22 @@ class FeatureStore:
         teacher or damaged.
         """
         folder = Path(folder)
-        stored = {path.parent: _read_meta(path) for path in sorted(folder.glob(f"*/{META}"))}
-        place = next((p for p, meta in stored.items() if meta["fingerprint"] == fingerprint), None)
-        if place is None:
-            raise DataError(_missing(folder, stored, dataset, fingerprint, data))
-        store = cls._load(place, stored[place])
+        store = cls.find(folder, fingerprint)
+        if store is None:
+            raise DataError(_missing(folder, dataset, fingerprint, data))
         if teacher is not None and short_hash(teacher) != short_hash(store.teacher):
             raise DataError(
-                f"{place} holds features of the teacher {json.dumps(store.teacher)}, asked for are those of"
+                f"{store.folder} holds features of the teacher {json.dumps(store.teacher)}, asked for are those of"
                 f" {json.dumps(teacher)}; name a folder of these, or extract them: "
                 + _command(folder.with_name(folder.name + "-new"), {**store.meta, "arguments": {}}, data or dataset)
             )
         return store
+
+    @classmethod
+    def find(cls, folder: str | Path, fingerprint: str) -> Self | None:
+        """As `open`, None where there are no features of data with this fingerprint."""
+        stored = _all_meta(Path(folder)).items()
+        return next((cls._load(place, meta) for place, meta in stored if meta["fingerprint"] == fingerprint), None)
 
     @classmethod
     def _load(cls, place: Path, meta: Mapping[str, Any]) -> Self:
@@ -247,10 +251,15 @@ class FeatureStore:
     def _table(self, ids: Int[np.ndarray, "n"]) -> Float[Tensor, "n F"]:
         import torch
 
-        return torch.from_numpy(self.rows[ids]).float()
+        return torch.from_numpy(self.rows.take(ids, axis=0)).float()
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
+
+
+def _all_meta(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Of every dataset in a folder of features; what is still being written begins with a dot."""
+    return {path.parent: _read_meta(path) for path in sorted(folder.glob(f"[!.]*/{META}"))}
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -272,10 +281,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _missing(
-    folder: Path, stored: Mapping[Path, Mapping[str, Any]], dataset: str, fingerprint: str, data: str | None
-) -> str:
+def _missing(folder: Path, dataset: str, fingerprint: str, data: str | None) -> str:
     """Why there are no features, and what to run."""
+    stored = _all_meta(folder)
     same = next((m for m in stored.values() if m["dataset"] == dataset), None)
     if same is None:
         what = (

@@ -102,7 +102,7 @@ def merge_parts(
             "files": {name: _facts(temporary / name) for name in (ROWS, HASHES, INDEX)},
         }
         with open(temporary / META, "w", encoding="utf-8") as stream:
-            json.dump(complete, stream, indent=1)
+            json.dump(complete, stream)
             stream.flush()
             os.fsync(stream.fileno())
         try:

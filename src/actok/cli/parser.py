@@ -62,6 +62,21 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: one second)")
     _seed(v, "of the split into training, validation and test episodes")
 
+    v = verb("features", "encode every frame by a frozen foundation model, once", "features")
+    _data(v, many=True, more=", or one mixture (name or TOML)")
+    v.add_argument("--teacher", required=True, metavar="HUB_ID_OR_FOLDER", help="foundation model")
+    v.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of features; each dataset gets one of its own in it"
+    )
+    _rate(v)
+    v.add_argument("--layer", type=int, help="of its hidden states (default: the teacher's own choice)")
+    v.add_argument("--views", metavar="A,B,...", help="cameras to show, or none (default: the dataset's first three)")
+    v.add_argument("--stride", type=int, default=1, help="encode every K-th frame and changes of text (default: 1)")
+    v.add_argument("--batch-size", type=int, default=32, help="frames or texts at a time (default: 32)")
+    v.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    v.add_argument("--shard", default="1/1", metavar="I/N", help="make the I-th of N shares; the last one joins them")
+    v.add_argument("--workers", type=int, default=1, help="processes here, each with a teacher of its own (default: 1)")
+
     v = verb("encode", "turn a dataset into tokens", "code")
     v.add_argument("tokenizer", metavar="DIR", help="saved tokenizer, or Hub id")
     _data(v, many=False)
