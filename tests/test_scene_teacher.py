@@ -19,6 +19,7 @@ from actok.alignment.scene import (
     save_scene,
 )
 from actok.alignment.teacher import load_teacher
+from actok.cli import main
 from actok.core import ArtifactError, ConfigError, DataError
 from actok.data.arrays import from_arrays
 from actok.training.teacher import Frames, TeacherTraining, _retrieval, train_teacher
@@ -34,7 +35,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def world(episodes: int = 12, steps: int = 23, views: int = 1, size: int = 28):
+def world(episodes: int = 12, steps: int = 23):
+    """The squares as a dataset."""
+    return from_arrays(squares(episodes, steps), name="squares")
+
+
+def squares(episodes: int, steps: int, size: int = 28) -> dict:
     """Episodes that push a square of one colour first to one side, then to the other, on a noisy ground."""
     rng = np.random.default_rng(3)
     images, phases, said = [], [], []
@@ -48,25 +54,22 @@ def world(episodes: int = 12, steps: int = 23, views: int = 1, size: int = 28):
             picture[y : y + 7, x : x + 7] = COLOURS[colour]
             images.append(picture)
             phases.append(phase)
-    return from_arrays(
-        {
-            "action": rng.normal(size=(episodes * steps, 3)).astype(np.float32),
-            "episode_length": np.full(episodes, steps),
-            "image": np.stack(images).astype(np.uint8),
-            "phase": np.array(phases),
-            "phase_names": np.array(["go left", "go right"]),
-            "instruction": np.array(said),
-            "control_hz": 20.0,
-        },
-        name="squares",
-    )
+    return {
+        "action": rng.normal(size=(episodes * steps, 3)).astype(np.float32),
+        "episode_length": np.full(episodes, steps),
+        "image": np.stack(images).astype(np.uint8),
+        "phase": np.array(phases),
+        "phase_names": np.array(["go left", "go right"]),
+        "instruction": np.array(said),
+        "control_hz": 20.0,
+    }
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("scene") / "teacher"
-    training = TeacherTraining(steps=120, batch_size=32, learning_rate=3e-3)
+    training = TeacherTraining(steps=90, batch_size=32, learning_rate=3e-3)
     return train_teacher(world(), folder, training=training, config=SMALL, device="cpu", progress=False)
 
 
@@ -263,6 +266,38 @@ def test_damaged_folders_are_refused(tmp_path, name):
     (folder / name).unlink()
     with pytest.raises(ArtifactError, match="no complete teacher"):
         load_scene(folder)
+
+
+# -- the verb -----------------------------------------------------------------------------------------------------
+
+
+def test_the_verb_trains_a_teacher_that_loads_and_tells_what_it_is_worth(tmp_path, capsys):
+    np.savez(tmp_path / "one.npz", **squares(5, 7))
+    np.savez(tmp_path / "two.npz", **squares(7, 5))
+    files = [str(tmp_path / name) for name in ("one.npz", "two.npz")]
+    small = ["--steps", "2", "--batch-size", "5", "--size", "16", "--seed", "3", "--views", "image"]
+    assert main(["teacher", "--data", *files, "--out", str(tmp_path / "t"), *small]) == 0
+    said = capsys.readouterr().out
+    assert "trained on 46 images of 46 frames of 8 episodes with 6 texts" in said
+    assert "24 held-out images among 6 texts: R@1" in said
+    assert f"--teacher {tmp_path / 't'}" in said
+    assert load_teacher(tmp_path / "t").encode(["push the red square"]).shape == (1, 128)
+    assert main(["teacher", "--data", *files, "--out", str(tmp_path / "t"), *small]) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_one_episode_teaches_and_nothing_is_claimed(tmp_path):
+    with pytest.warns(UserWarning, match="too few"):
+        report = train_teacher(world(1, 13), tmp_path / "t", training=TINY, config=SMALL, device="cpu", progress=False)
+    assert report.held_out is None
+    assert json.loads((report.folder / "config.json").read_text())["training"]["held_out"] is None
+
+
+def test_of_more_images_than_fit_every_so_manyth_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("actok.training.teacher.MOST_IMAGES", 47)
+    report = train_teacher(world(5, 17), tmp_path / "t", training=TINY, config=SMALL, device="cpu", progress=False)
+    assert report.stride == 2
+    assert report.frames + report.held_out.frames == 5 * 9
 
 
 # -- errors -------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ from actok.nn.transformer import Stack
 
 VERSION = 1
 VOCABULARY_FILE = "vocabulary.json"
+# Pixels of a side that the first convolution takes in one go: half the time of two that halve.
+PATCH = 4
 # Learned, in logarithm; limits as in CLIP (section 2.5).
 FIRST_TEMPERATURE, MOST_SCALE = 0.07, 100.0
 _WORD = re.compile(r"[^\W\d_]+|\d+")
@@ -55,13 +57,13 @@ class SceneConfig:
 
     Attributes:
         image_size: pixels of a side, to which images are resized (whole images: what is not square is squeezed).
-        channels: of each convolution; each halves the image.
+        channels: of each convolution; the first makes one place of `PATCH` x `PATCH` pixels, each further one halves.
         text_width, text_depth, heads: of the text tower.
         dim: F, of the common space.
     """
 
     image_size: int = 64
-    channels: tuple[int, ...] = (32, 64, 128, 128)
+    channels: tuple[int, ...] = (64, 128, 128)
     text_width: int = 128
     text_depth: int = 2
     heads: int = 4
@@ -73,10 +75,10 @@ class SceneConfig:
                 _whole(name, value, 1)
         if not self.channels:
             raise ConfigError("channels is empty; give the width of at least one convolution")
-        if self.image_size % self.halving:
+        if self.image_size % self.stride:
             raise ConfigError(
-                f"image_size is {self.image_size}; give a multiple of {self.halving}, since {len(self.channels)}"
-                " convolutions halve it"
+                f"image_size is {self.image_size}; give a multiple of {self.stride}, the pixels of a place after"
+                f" {len(self.channels)} convolutions"
             )
         if self.text_width % (2 * self.heads):
             raise ConfigError(
@@ -84,9 +86,9 @@ class SceneConfig:
             )
 
     @property
-    def halving(self) -> int:
+    def stride(self) -> int:
         """By how much the last feature map is smaller than the image."""
-        return int(2 ** len(self.channels))
+        return int(PATCH * 2 ** (len(self.channels) - 1))
 
 
 class Vocabulary:
@@ -161,13 +163,13 @@ class ImageTower(nn.Module):
 
     def __init__(self, config: SceneConfig) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        width = 3
-        for channels in config.channels:
+        width = config.channels[0]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, PATCH, stride=PATCH), nn.GroupNorm(1, width), nn.ReLU()]
+        for channels in config.channels[1:]:
             layers += [nn.Conv2d(width, channels, 3, stride=2, padding=1), nn.GroupNorm(1, channels), nn.ReLU()]
             width = channels
         self.convolutions = nn.Sequential(*layers)
-        self.flat = nn.Linear(width * (config.image_size // config.halving) ** 2, 2 * config.dim)
+        self.flat = nn.Linear(width * (config.image_size // config.stride) ** 2, 2 * config.dim)
         self.out = nn.Sequential(nn.RMSNorm(2 * config.dim), nn.GELU(), nn.Linear(2 * config.dim, config.dim))
 
     def forward(self, images: UInt8[Tensor, "B V H H 3"], present: Bool[Tensor, "B V"]) -> Float[Tensor, "B F"]:
