@@ -22,7 +22,7 @@ class Attention(nn.Module):
         width: of queries and output; context_width: of what is attended to (default: the same).
         heads: width / heads is the size of a head.
         qk_norm: normalise queries and keys of each head.
-        rotary: turn queries and keys by their positions 0, 1, 2, ... (self-attention only).
+        rotary: turn queries and keys by their positions: 0, 1, 2, ... unless `forward` is given others.
         dropout: of attention weights and output, in training.
     """
 
@@ -57,8 +57,14 @@ class Attention(nn.Module):
         x: Float[Tensor, "B L W"],
         context: Float[Tensor, "B M X"] | None = None,
         mask: Bool[Tensor, "..."] | None = None,
+        *,
+        positions: Float[Tensor, "L"] | None = None,
+        context_positions: Float[Tensor, "M"] | None = None,
     ) -> Float[Tensor, "B L W"]:
-        """`mask`: bool, broadcast to [B, heads, L, M]; [L, M], or [B, 1, 1, M] for absent keys."""
+        """`mask`: bool, broadcast to [B, heads, L, M]; [L, M], or [B, 1, 1, M] for absent keys.
+
+        `positions` of x and `context_positions` of the context are read where rotary.
+        """
         if self.cross:
             assert context is not None, "cross-attention needs a context"
             q = self._split(self.query(x))
@@ -67,7 +73,8 @@ class Attention(nn.Module):
             q, k, v = (self._split(part) for part in self.query_key_value(x).chunk(3, -1))
         q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            q = rotate(q, positions=positions)
+            k = rotate(k, positions=context_positions if self.cross else positions)
         dropout = self.dropout if self.training else 0.0
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out_dropout(self.out(found.transpose(1, 2).flatten(2)))
@@ -185,11 +192,15 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-def rotate(x: Float[Tensor, "B H L E"], base: float = 1e4) -> Float[Tensor, "B H L E"]:
-    """Rotary positions 0..L-1: channel pair (i, i + E/2) turns by position * base^(-2i/E)."""
+def rotate(
+    x: Float[Tensor, "B H L E"], base: float = 1e4, positions: Float[Tensor, "L"] | None = None
+) -> Float[Tensor, "B H L E"]:
+    """Rotary positions (0..L-1 unless given): channel pair (i, i + E/2) turns by position * base^(-2i/E)."""
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
-    angle = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)[:, None] * frequency
+    if positions is None:
+        positions = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)
+    angle = positions[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half : 2 * half]
     turned = [first * cos - second * sin, first * sin + second * cos, x[..., 2 * half :]]

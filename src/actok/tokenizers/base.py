@@ -142,9 +142,13 @@ class TokenizerBase(ActionTokenizer):
         self._check_adaptable(space)
         embodiments = {
             **self._embodiments,
-            space.embodiment: make_embodiment(space, statistics, self.config.normaliser),
+            space.embodiment: self._adapted(make_embodiment(space, statistics, self.config.normaliser)),
         }
         return type(self)(self.config, embodiments, self._horizon, self._tensors, self._files, self._meta)
+
+    def _adapted(self, embodiment: Embodiment) -> Embodiment:
+        """A robot to add, with the facts of this kind of tokenizer; as it is unless overridden."""
+        return embodiment
 
     def _check_adaptable(self, space: ActionSpace) -> None:
         """Raise SpaceMismatchError where the fitted codec depends on D and `space` has another one."""
@@ -345,7 +349,11 @@ class TokenizerBase(ActionTokenizer):
             kind=self.kind,
             config={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()},
             embodiments={
-                name: {"space": e.space.to_dict(), "normaliser": e.normaliser.to_dict()}
+                name: {
+                    "space": e.space.to_dict(),
+                    "normaliser": e.normaliser.to_dict(),
+                    **({"facts": dict(e.facts)} if e.facts else {}),
+                }
                 for name, e in self._embodiments.items()
             },
             horizon=self._horizon,
@@ -359,7 +367,9 @@ class TokenizerBase(ActionTokenizer):
         """See ActionTokenizer.from_artifact."""
         try:
             embodiments = {
-                name: Embodiment(ActionSpace.from_dict(e["space"]), Normaliser.from_dict(e["normaliser"]))
+                name: Embodiment(
+                    ActionSpace.from_dict(e["space"]), Normaliser.from_dict(e["normaliser"]), e.get("facts", {})
+                )
                 for name, e in artifact.embodiments.items()
             }
             config = build_config(cls.config_class, artifact.config, f"tokenizer {cls.kind!r}")

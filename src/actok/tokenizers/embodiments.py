@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -22,10 +24,14 @@ LIMIT_MARGIN = 0.25
 
 @dataclass(frozen=True, eq=False)
 class Embodiment:
-    """One robot that a tokenizer knows: its action space and normaliser."""
+    """One robot that a tokenizer knows: its action space, its normaliser, and what else its kind found in the data.
+
+    `facts` are plain JSON values, stored in the artifact beside the two; most tokenizers have none.
+    """
 
     space: ActionSpace
     normaliser: Normaliser
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def redundant_rotations(space: ActionSpace) -> list[ActionGroup]:

@@ -63,13 +63,8 @@ class NeuralTokenizer(TokenizerBase):
         `actok.tokenizers.base.known_parts` does, ConfigError where the quantiser does not suit the codec.
         """
         _, embodiments, horizon = known_parts(parts, config)
-        spaces = [e.space for e in embodiments.values()]
-        shape = CodecShape(
-            horizon=horizon,
-            channels=max(s.dim for s in spaces),
-            embodiments=tuple(embodiments),
-            extra=cls.codec_class.measure(config, spaces),
-        )
+        embodiments = cls._studied(parts, embodiments, config)
+        shape = cls._shape(config, embodiments, horizon)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the CPU's alone: the caller's GPU goes on as it was
             codec = cls.codec_class(config, shape)
@@ -77,6 +72,24 @@ class NeuralTokenizer(TokenizerBase):
         tokenizer = cls(config, embodiments, horizon, _arrays(codec.state_dict()), files)
         tokenizer.layout_for()  # refuses a quantiser that does not suit, before anything is trained
         return tokenizer
+
+    @classmethod
+    def _studied(
+        cls, parts: Sequence[FitPart], embodiments: dict[str, Embodiment], config: Any
+    ) -> dict[str, Embodiment]:
+        """The embodiments with the facts that this kind finds in the training chunks; none unless overridden."""
+        return embodiments
+
+    @classmethod
+    def _shape(cls, config: Any, embodiments: Mapping[str, Embodiment], horizon: int) -> CodecShape:
+        """What the codec's size depends on. Its channels are those of the widest embodiment unless overridden."""
+        spaces = [e.space for e in embodiments.values()]
+        return CodecShape(
+            horizon=horizon,
+            channels=max(s.dim for s in spaces),
+            embodiments=tuple(embodiments),
+            extra=cls.codec_class.measure(config, spaces),
+        )
 
     def with_weights(self, state: Mapping[str, torch.Tensor]) -> Self:
         """The same tokenizer with other weights, a `state_dict` of its codec."""
@@ -191,6 +204,12 @@ class NeuralTokenizer(TokenizerBase):
     def _device(self) -> torch.device:
         return next(self.codec.parameters()).device
 
+    def _anchor(
+        self, context: ChunkContext, count: int, embodiment: Embodiment
+    ) -> Float[np.ndarray, "{count} P"] | None:
+        """Checked raw proprioception at the chunks' starts; None for tokenizers that do not read it."""
+        return None
+
     def _cuts(self, count: int) -> list[slice]:
         """Rows that go through the codec together."""
         rows = ROWS_CPU if self._device.type == "cpu" else ROWS
@@ -239,12 +258,14 @@ class NeuralTokenizer(TokenizerBase):
         lengths = np.diff(offsets)
         decodable = sorted({*layout.prefixes, layout.max_len})
         valid = np.isin(lengths, decodable)
+        anchor = self._anchor(context, len(lengths), embodiment)
         chunks = np.zeros((len(lengths), horizon, embodiment.space.dim), np.float32)
         for length in np.unique(lengths[valid]):
             rows = np.flatnonzero(lengths == length)
             ids = flat[offsets[rows][:, None] + np.arange(length)]
             present = None if context.dof_mask is None else to_numpy(context.dof_mask)[rows]
-            chunks[rows] = self._decode_rows(ids, horizon, embodiment, present)
+            state = None if anchor is None else anchor[rows]
+            chunks[rows] = self._decode_rows(ids, horizon, embodiment, present, state)
         expected = " or ".join(map(str, decodable))
         return Reconstruction(
             chunks=chunks,
@@ -259,8 +280,9 @@ class NeuralTokenizer(TokenizerBase):
         horizon: int,
         embodiment: Embodiment,
         present: Bool[np.ndarray, "B D"] | None,
+        anchor: np.ndarray | None = None,
     ) -> Float[np.ndarray, "B {horizon} D"]:
-        """Normalised chunks of sequences of one length, which may be a prefix."""
+        """Normalised chunks of sequences of one length, which may be a prefix; `anchor` [B, P] is raw."""
         windows = self._windows(horizon)
         count, length = ids.shape
         # Of every window the ids that are there, in the window's own order.
