@@ -2,7 +2,7 @@
 
 Sources: van den Oord et al. 2018 (CPC, arXiv 1807.03748, equation 4); Radford et al. 2021 (CLIP, arXiv 2103.00020, figure
 3: symmetric); Khosla et al. 2020 (SupCon, arXiv 2004.11362, equation 2: several positives, averaged outside the
-logarithm); X-Tokenizer (arXiv 2606.14752: a global and a local term on the latents before quantisation).
+logarithm; which of them stand in the denominator is different here, see `info_nce`); X-Tokenizer (arXiv 2606.14752: a global and a local term on the latents before quantisation).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from actok.alignment.slots import pooled, standardised
 from actok.quantizers import ranks
 from actok.quantizers.base import full_precision
 
+# The logit of what is not among the negatives: minus infinity, but with a gradient where there are none at all.
+NEVER = -1e30
+
 __all__ = ["Contrast", "identities", "info_nce"]
 
 
@@ -29,10 +32,12 @@ def info_nce(
 
     With logits L[i, j] = <actions i, features j> / temperature, and P(i) all j of the group of i, it is the mean over i of
 
-        (1/2) * -mean over j in P(i) of (log softmax(L[i, :])[j] + log softmax(L[:, i])[j])
+        mean over j in P(i) of -log(exp L[i, j] / (exp L[i, j] + sum over k not in P(i) of exp L[i, k]))
 
-    the cross-entropy to a target spread evenly over the positives, whose least value is log |P(i)|. Without equal groups
-    it is the ordinary one.
+    averaged with the same of L transposed: each positive competes with the negatives, and never with another positive.
+    Without equal groups this is the ordinary cross-entropy; without negatives it is 0. (The usual mean of log-probabilities,
+    with all positives in the denominator, would not tell the groups apart: where the features of a group are identical, its
+    sum over the group is that of single positives, term by term, and it pushes away those that fit best.)
 
     Processes may have different n, also none. Each gives the part of its own pairs, so weighted that the mean over processes
     is the loss of one process with all pairs; and so is the mean of the gradients, which data-parallel training takes:
@@ -41,8 +46,9 @@ def info_nce(
     with full_precision(actions):
         counts = _counts(actions)
         every_group = _everyone(group, counts)
-        positive = (group[:, None] == every_group).float()
-        target = positive / positive.sum(1, keepdim=True)
+        positive = group[:, None] == every_group
+        rows, columns = positive.nonzero(as_tuple=True)
+        share = (1 / positive.sum(1))[rows]
         sides = (
             (actions.float(), _everyone(features.float(), counts)),
             (features.float(), _everyone(actions.float(), counts)),
@@ -50,7 +56,8 @@ def info_nce(
         found = []
         for own, every in sides:
             logits = own @ every.T / temperature
-            found.append(logits.logsumexp(1).sum() - (target * logits).sum())
+            negatives = logits.masked_fill(positive, NEVER).logsumexp(1)
+            found.append((F.softplus(negatives[rows] - logits[rows, columns]) * share).sum())
         return torch.stack(found).sum() * (len(counts) / (2 * max(1, sum(counts))))
 
 
