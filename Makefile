@@ -34,7 +34,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python tools/make_docs.py
 
 results: $(VENV)/.dev
-	$(BIN)/python tools/make_results.py $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python tools/make_results.py $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(ONLY),--only $(ONLY))
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "actok needs Python 3.11 or newer; choose one with make PYTHON=...")'

@@ -3,6 +3,7 @@
     make results                                 # Meta-World, collected here: anyone can make these pages
     make results DATA_ROOT=path/to/datasets      # and the data sets of results/places.py found below that folder
     make results ONLY="bench pages" DATA_ROOT=... # some stages
+    make results ONLY=semantic TEACHER=path/to/model DATA_ROOT=... # X-Tokenizer, aligned with that foundation model
 
 Stages, in this order; `--only` chooses some:
 
@@ -10,6 +11,8 @@ Stages, in this order; `--only` chooses some:
     train         the learned tokenizers of results/jobs.py, by `actok fit`
     bench         all tokenizers at chunks of 20 steps
     pages         docs/results/learned, from what was trained and measured
+    semantic      docs/results/semantic: X-Tokenizer, in four steps that can be chosen alone as semantic-features,
+                  semantic-train, semantic-bench, semantic-pages (results/xtokenizer.py); needs --teacher
 
 Resumable: what an earlier run of the same code measured on the same data is reused, a trained tokenizer is kept while what
 was asked for is the same, and a stopped training goes on. Work files go to runs/results.
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from results.closed_form import make_pages
@@ -29,19 +33,25 @@ from results.learned import write_learned_pages
 from results.measuring import measure_all
 from results.places import EPISODES, METAWORLD, SEED, Places
 from results.training import calibrate, train
+from results.xtokenizer import SEMANTIC_JOBS, SemanticJob, Workshop, extract_features, make_arms, train_semantic
+from results.xtokenizer_measure import measure_semantic
+from results.xtokenizer_pages import write_semantic_pages
 
 from actok.cli.simulate import collect_into
 from actok.core import ActokError
 
-STAGES = ("closed-form", "train", "bench", "pages")
+STAGES = ("closed-form", "train", "bench", "pages", "semantic")
+SEMANTIC = ("semantic-features", "semantic-train", "semantic-bench", "semantic-pages")
 
 
 def main() -> int:
     """Run the stages. Returns 1 where a job or a measurement failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="JOB", help="train (or calibrate) only these jobs")
+    parser.add_argument("names", nargs="*", metavar="JOB", help="features, training, calibration of these jobs only")
     parser.add_argument("--data-root", type=Path, help="folder with the data sets; those missing are skipped")
-    parser.add_argument("--only", nargs="+", choices=(*STAGES, "calibrate"), default=STAGES, metavar="STAGE")
+    parser.add_argument("--teacher", help="Hub id or folder of the foundation model of the semantic stage")
+    stages = (*STAGES, *SEMANTIC, "calibrate")
+    parser.add_argument("--only", nargs="+", choices=stages, default=STAGES, metavar="STAGE")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time (default: 2)")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="of all training steps, to try the command; kept apart"
@@ -49,7 +59,9 @@ def main() -> int:
     args = parser.parse_args()
 
     places = Places(data_root=args.data_root, scale=args.scale)
-    names = job_names(args.names)
+    semantic = {name: job for name, job in SEMANTIC_JOBS.items() if not args.names or name in args.names}
+    others = [name for name in args.names if name not in SEMANTIC_JOBS]
+    names = job_names(others) if others or not args.names else []
     if not (places.work / METAWORLD).exists():
         collect_into(str(places.work / METAWORLD), METAWORLD, "all", EPISODES, seed=SEED, workers=args.jobs)
     failed: list[str] = []
@@ -63,9 +75,29 @@ def main() -> int:
         failed += measure_all(places, jobs=args.jobs)
     if "pages" in args.only:
         write_learned_pages(places)
+    steps = SEMANTIC if "semantic" in args.only else [step for step in SEMANTIC if step in args.only]
+    if steps and args.teacher is not None:
+        failed += _semantic(Workshop(places=places, teacher=args.teacher), steps, semantic, args.jobs)
+    elif steps:
+        print("semantic: left out, give --teacher")
     if failed:
         print(f"failed, the same command tries again: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _semantic(work: Workshop, steps: Sequence[str], chosen: Mapping[str, SemanticJob], jobs: int) -> list[str]:
+    """The steps of the semantic stage that are asked for; what failed is named."""
+    failed: list[str] = []
+    make_arms(work)
+    if "semantic-features" in steps:
+        failed += extract_features(work, jobs=jobs, chosen=chosen)
+    if "semantic-train" in steps:
+        failed += train_semantic(work, jobs=jobs, chosen=chosen)
+    if "semantic-bench" in steps:
+        failed += measure_semantic(work, jobs=jobs)
+    if "semantic-pages" in steps:
+        write_semantic_pages(work)
+    return failed
 
 
 if __name__ == "__main__":
