@@ -107,7 +107,7 @@ class FeatureStore:
             raise DataError(
                 f"{store.folder} holds features of the teacher {json.dumps(store.teacher)}, asked for are those of"
                 f" {json.dumps(teacher)}; name a folder of these, or extract them: "
-                + _command(folder.with_name(folder.name + "-new"), {**store.meta, "arguments": {}}, data or dataset)
+                + _command(folder.with_name(f"{folder.name}-new"), {"teacher": teacher}, data or dataset)
             )
         return store
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt
 
 from actok.alignment.store import FORMAT, HASHES, INDEX, META, ROWS, VERSION
 from actok.core import DataError
@@ -115,7 +115,7 @@ def merge_parts(
     return complete
 
 
-def _in_order(digests: Int[np.ndarray, "n 2"]) -> tuple[Int[np.ndarray, "u"], Int[np.ndarray, "n"]]:
+def _in_order(digests: UInt[np.ndarray, "n 2"]) -> tuple[Int[np.ndarray, "u"], Int[np.ndarray, "n"]]:
     """Where each distinct digest comes first, in that order, and which of them each digest is."""
     keys = np.ascontiguousarray(digests).view([("high", np.uint64), ("low", np.uint64)]).ravel()
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
