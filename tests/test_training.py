@@ -14,8 +14,11 @@ import training_codec
 from actok.core import ArtifactError, ChunkContext, ConfigError, FitPart
 from actok.data import Chunks, FrameCache, open_dataset
 from actok.data.mixtures import Mixture, MixtureEntry, MixtureSampler
+from actok.quantizers.codebook import Codebook
+from actok.quantizers.vq import VectorConfig
 from actok.training import TrainConfig, TrainingError, TrainingStopped, checkpoint, fit, fit_parts, load, load_material
 from actok.training.checkpoint import latest_checkpoint, read_checkpoint
+from actok.training.config import train_config
 from actok.training.engine import Trainer
 from actok.training.evaluate import HeldOutChunks, judge
 from actok.training.health import COLLAPSED_TIMES, DIVERGING_WINDOWS, Health
@@ -256,6 +259,38 @@ def test_the_moving_average_of_the_weights_is_what_is_kept(monkeypatch):
             average = decay * average + (1 - decay) * weights[name].double()
         assert torch.allclose(kept[name].double(), average, atol=1e-6), name
     assert torch.equal(kept["quantizer.codebooks.0.vectors"], plain["quantizer.codebooks.0.vectors"])
+
+
+def test_codebooks_slow_down_with_the_learning_rate():
+    """The weight of a batch in the moving averages is (1 - decay) times the share of the peak learning rate."""
+    training = {
+        "steps": 20,
+        "warmup_steps": 2,
+        "learning_rate": 0.02,
+        "min_learning_rate": 0.0,
+        "anneal_codebooks": True,
+    }
+    config = train_config({}, training, "x")
+    paces = []
+    step = Trainer._step
+
+    def spy(self, number, batch):
+        step(self, number, batch)
+        paces.append([float(codebook.pace) for codebook in self.codebooks])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", spy)
+        fit_parts("tiny", [part(301)], training=training)
+    expected = [1.0] * 2 + [config.learning_rate_at(i) / 0.02 for i in range(2, 20)]
+    assert all(len(p) > 0 for p in paces)
+    np.testing.assert_allclose([p[0] for p in paces], expected, rtol=1e-6)
+    book = Codebook(5, 3, VectorConfig(kmeans_steps=0, decay=0.9, dead_below=0.0))
+    z = torch.randn(7, 3)
+    before = book.counts.clone()
+    book.train().pace.fill_(0.25)
+    codes = book.search(z)
+    book.update(z, codes, None)
+    torch.testing.assert_close(book.counts, before + 0.1 * 0.25 * (codes.bincount(minlength=5) - before))
 
 
 def test_codebooks_that_start_late_do_so_once_from_this_batch_and_those_that_follow(monkeypatch):

@@ -66,9 +66,8 @@ class Job:
         return merge_settings(preset.settings, self.settings), training
 
 
-# What is compared with itself only is trained at a lower learning rate and with slower codebooks than the preset.
+# What is compared with itself only is trained in fewer steps, at a lower learning rate than the preset.
 SHORT = {"learning_rate": 2e-3}
-SLOW = {"quantizer": {"decay": 0.99}}
 
 
 def _ablation(name: str, **settings: Any) -> Job:
@@ -77,7 +76,7 @@ def _ablation(name: str, **settings: Any) -> Job:
         name=f"ablate-{name}",
         preset="fastervq-tiny",
         part="ablation",
-        settings=merge_settings(SLOW, settings),
+        settings=settings,
         training=SHORT,
         seconds=2 * MINUTE,
         pace=pace,
@@ -89,7 +88,6 @@ def _data(name: str, part: str, *, only: Sequence[str] = (), without: Sequence[s
         name=name,
         preset="fastervq-tiny",
         part=part,
-        settings=SLOW,
         training=SHORT,
         only=only,
         without=without,

@@ -108,7 +108,8 @@ class Codebook(nn.Module):
 
     Buffers: `counts` [K], the moving average of how many latents of a batch fall to each code; with `update = "ema"`,
     `sums` [K, C], that of their sums, and `vectors`, which are their quotient; `initialised`. With
-    `update = "gradient"`, `vectors` is a parameter, and `counts` only tells dead codes.
+    `update = "gradient"`, `vectors` is a parameter, and `counts` only tells dead codes. `pace`, 1 unless a trainer sets
+    it and kept in no file, multiplies the weight 1 - decay of a new batch in the moving averages.
 
     Args:
         size: K.
@@ -118,6 +119,7 @@ class Codebook(nn.Module):
 
     counts: Tensor
     sums: Tensor
+    pace: Tensor
     initialised: Tensor
 
     def __init__(self, size: int, dim: int, config: Any) -> None:
@@ -130,6 +132,7 @@ class Codebook(nn.Module):
             self.register_buffer("vectors", vectors)
             self.register_buffer("sums", vectors.clone())
         self.register_buffer("counts", torch.ones(size))
+        self.register_buffer("pace", torch.ones(()), persistent=False)  # a tensor: a number would be compiled in
         self.register_buffer("initialised", torch.tensor(config.kmeans_steps == 0))
         # What the hot path asks instead of the buffer: reading a buffer would stall a GPU and split a compiled graph.
         self._started = False
@@ -160,7 +163,7 @@ class Codebook(nn.Module):
             return
         z = z.detach()
         batch = tally(z, codes, mask, self.size)
-        weight = 1.0 - self.config.decay
+        weight = (1.0 - self.config.decay) * self.pace
         self.counts.lerp_(batch[:, -1], weight)
         if self.config.update == "ema":
             self.sums.lerp_(batch[:, :-1], weight)

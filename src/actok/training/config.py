@@ -34,6 +34,9 @@ class TrainConfig:
         quantise_after: steps that the codec learns without its quantiser, whose codebooks then start from the latents of
             several batches instead of those of an untrained encoder; at most a quarter of `steps`. Nothing is evaluated
             before. 0: quantised from the first step on.
+        anneal_codebooks: the moving averages of codebooks slow down as the learning rate falls: a batch's weight is
+            (1 - decay) times the learning rate as a share of its peak (1 in the warm-up). Each code is then the mean of
+            many more latents in the end, instead of a noisy one of the last few batches.
         clip_norm: largest norm of the gradient; 0: no clipping.
         precision: "bf16": the codec computes under autocast (quantisers stay in float32); "no": float32.
         weight_ema: decay of a moving average of the weights, which then is what is evaluated and kept; 0: none. Early on
@@ -55,6 +58,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 500
     quantise_after: int = 0
+    anneal_codebooks: bool = False
     clip_norm: float = 1.0
     precision: str = "no"
     weight_ema: float = 0.0
@@ -78,8 +82,9 @@ class TrainConfig:
         self._number("weight_ema", below=1.0)
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
-        if not isinstance(self.compile, bool):
-            raise ConfigError(f"compile is {self.compile!r}; give true or false")
+        for name in ("compile", "anneal_codebooks"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
         betas = self.betas
         if not isinstance(betas, tuple) or len(betas) != 2 or not all(_real(b) and 0 <= b < 1 for b in betas):
             raise ConfigError(f"betas is {betas!r}; give two numbers from 0 to below 1")

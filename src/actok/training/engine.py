@@ -107,6 +107,7 @@ class Trainer:
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.quantizers = [m for m in self.codec.modules() if isinstance(m, Quantizer)]
+        self.codebooks = [m for m in self.codec.modules() if isinstance(m, Codebook)]
         self.names = {name: p for name, p in self.codec.named_parameters() if p.requires_grad}
         self.ema: dict[str, Tensor] = {}
         if config.weight_ema:
@@ -185,6 +186,9 @@ class Trainer:
                 quantizer.bypassed = step < self.config.unquantised
             if step == self.config.unquantised:
                 self._start_codebooks(step)
+        if self.config.anneal_codebooks and step >= self.config.warmup:
+            for codebook in self.codebooks:
+                codebook.pace.fill_(self.config.learning_rate_at(step) / self.config.learning_rate)
         if self.heads is not None:
             self.heads.masking_on = step >= self.masking_from
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -207,9 +211,8 @@ class Trainer:
         count = max(1, min(START_BATCHES, START_CHUNKS // self.config.batch_size))
         pool = join([self.batches.at(step + i, steps=self.tokenizer.horizon).chunks for i in range(count)])
         self.codec.forward(pool.to(self.accelerator.device))  # called, it would be compiled for this size too
-        for module in self.codec.modules():
-            if isinstance(module, Codebook):
-                module.weigh(1 / count)
+        for codebook in self.codebooks:
+            codebook.weigh(1 / count)
 
     def _agreed(self, requested: bool) -> bool:
         """Whether to stop now: what this process wants, or any of several, which then all stop after the same step."""
