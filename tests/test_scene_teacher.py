@@ -22,7 +22,9 @@ from actok.alignment.teacher import load_teacher
 from actok.cli import main
 from actok.core import ArtifactError, ConfigError, DataError
 from actok.data.arrays import from_arrays
-from actok.training.teacher import Frames, TeacherTraining, _retrieval, train_teacher
+from actok.training import TrainingError
+from actok.training.teacher import TeacherTraining, _retrieval, train_teacher
+from actok.training.teacher_frames import Frames
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 PLACES = {"left": (11, 3), "right": (11, 19)}
@@ -294,7 +296,7 @@ def test_one_episode_teaches_and_nothing_is_claimed(tmp_path):
 
 
 def test_of_more_images_than_fit_every_so_manyth_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr("actok.training.teacher.MOST_IMAGES", 47)
+    monkeypatch.setattr("actok.training.teacher_frames.MOST_BYTES", 47 * 3 * 16 * 16)
     report = train_teacher(world(5, 17), tmp_path / "t", training=TINY, config=SMALL, device="cpu", progress=False)
     assert report.stride == 2
     assert report.frames + report.held_out.frames == 5 * 9
@@ -314,11 +316,20 @@ def test_data_that_cannot_teach_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"'mute' has no images.*--images"):
         train_teacher(from_arrays({**arrays, "instruction": "go"}, name="mute"), tmp_path / "t", config=SMALL)
     refused(from_arrays({**arrays, **pictures}, name="x"), "without instruction")
-    refused(from_arrays({**arrays, **pictures, "instruction": "go"}, name="x"), "all frames have the text 'go'")
+    refused(
+        from_arrays({**arrays, **pictures, "instruction": "go"}, name="x"), "all training frames have the text 'go'"
+    )
     with pytest.raises(DataError, match="no view 'wrist'; it has image"):
         train_teacher(world(5, 7), tmp_path / "t", config=SMALL, views=["wrist"])
     with pytest.raises(ConfigError, match="4 views"):
         train_teacher(world(5, 7), tmp_path / "t", config=SMALL, views=list("abcd"))
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_loss_that_is_not_finite_saves_nothing(tmp_path):
+    wild = replace(TINY, steps=12, learning_rate=1e30)
+    with pytest.raises(TrainingError, match=r"the loss of the teacher became .* below 1e"):
+        train_teacher(world(5, 7), tmp_path / "t", training=wild, config=SMALL, device="cpu", progress=False)
     assert not (tmp_path / "t").exists()
 
 

@@ -16,25 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
-from actok.alignment.scene import SceneConfig, SceneModel, Vocabulary, contrastive_loss, resize, save_scene
-from actok.alignment.teacher import VIEWS
-from actok.core import ConfigError, DataError
+from actok.alignment.scene import SceneConfig, SceneModel, Vocabulary, contrastive_loss, save_scene
+from actok.core import ConfigError
 from actok.core.provenance import circumstances
-from actok.data import open_dataset, split_dataset
-from actok.data.episodes import Episode, EpisodeDataset
-from actok.data.instructions import frame_texts
+from actok.data import open_dataset
+from actok.data.episodes import EpisodeDataset
+from actok.training.sources import TrainingError
+from actok.training.teacher_frames import Frames, read_frames
 
-# Images are held in memory at the teacher's size; of more than these, every second, third, ... frame is taken.
-MOST_IMAGES = 100_000
 WARMUP_SHARE, WEIGHT_DECAY = 0.1, 0.05
 # In training, images move by up to this share of their side and their brightness by this share; each view but one may be
 # absent, and so may each piece of a word: what is read later is not exactly what was trained on.
 SHIFT_SHARE, BRIGHTNESS, VIEW_DROP, PIECE_DROP = 1 / 16, 0.2, 0.25, 0.1
 
-__all__ = ["Frames", "Retrieval", "TeacherReport", "TeacherTraining", "held_out_retrieval", "train_teacher"]
+__all__ = ["Retrieval", "TeacherReport", "TeacherTraining", "held_out_retrieval", "train_teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,30 +65,6 @@ class TeacherTraining:
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         return self.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup))) / 2
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Frames:
-    """N moments: what the cameras saw, and which text was in force.
-
-    Attributes:
-        pixels: uint8 [M, H, H, 3], all images.
-        image_of: int64 [N, V] rows of `pixels`, -1 where a view is absent.
-        text: int64 [N] index into the texts.
-        task: int64 [N] index into the instructions.
-        held_out: bool [N], of an episode that is not trained on.
-    """
-
-    pixels: UInt8[np.ndarray, "M H H 3"]
-    image_of: Int[np.ndarray, "N V"]
-    text: Int[np.ndarray, "N"]
-    task: Int[np.ndarray, "N"]
-    held_out: Bool[np.ndarray, "N"]
-
-    def views(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images uint8 [B, V, H, H, 3] of these moments and which of them are present, bool [B, V]."""
-        wanted = self.image_of[rows]
-        return torch.from_numpy(self.pixels[wanted]), torch.from_numpy(wanted >= 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +150,7 @@ def train_teacher(
     Raises:
         ConfigError: `out` holds something, or a setting is impossible.
         DataError: a dataset has no images, not the views asked for, or no text; or all frames have the same text.
+        TrainingError: the loss is no longer finite.
     """
     training, config, out = training or TeacherTraining(), config or SceneConfig(), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -183,7 +158,7 @@ def train_teacher(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     many = isinstance(data, (list, tuple)) and bool(data) and isinstance(data[0], (str, Path, EpisodeDataset))
     datasets = [open_dataset(source) for source in (data if many else [data])]
-    frames, texts, facts = _read(datasets, config.image_size, training.seed, views, progress)
+    frames, texts, facts = read_frames(datasets, config.image_size, training.seed, views, progress)
     trained = ~frames.held_out
     vocabulary = Vocabulary.fit(texts[i] for i in np.unique(frames.text[trained]))
     with torch.random.fork_rng(devices=[]):
@@ -192,6 +167,10 @@ def train_teacher(
     started = time.perf_counter()
     loss = _train(model, frames, texts, training, progress)
     seconds = time.perf_counter() - started
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss of the teacher became {loss}; train it with a learning_rate below {training.learning_rate:g}"
+        )
     found = held_out_retrieval(model, frames, texts) if frames.held_out.any() else None
     facts |= {
         "training": asdict(training),
@@ -317,89 +296,3 @@ def _with_gaps(words: Sequence[np.ndarray], rng: np.random.Generator) -> list[np
     """Some pieces dropped; a word without any left is the unknown one."""
     kept = (rows[rng.random(len(rows)) >= PIECE_DROP] for rows in words)
     return [rows if len(rows) else np.zeros(1, np.int64) for rows in kept]
-
-
-# -- reading ------------------------------------------------------------------------------------------------------
-
-
-def _read(
-    datasets: Sequence[EpisodeDataset], size: int, seed: int, views: Sequence[str] | None, progress: bool
-) -> tuple[Frames, list[str], dict[str, Any]]:
-    """All frames (or every K-th), their texts, and facts about them as JSON values."""
-    if views is not None and not 1 <= len(views) <= VIEWS:
-        raise ConfigError(f"{len(views)} views are named; name one to {VIEWS}")
-    names = [_views(dataset.episode(0, images=True), dataset, views) for dataset in datasets]
-    splits = [split_dataset(dataset, seed=seed) for dataset in datasets]
-    stride = -(-sum(int(d.lengths.sum()) * len(n) for d, n in zip(datasets, names, strict=True)) // MOST_IMAGES)
-    count = sum(int((-(-d.lengths // stride)).sum()) * len(n) for d, n in zip(datasets, names, strict=True))
-    pixels = np.empty((count, size, size, 3), np.uint8)
-    image_of, text_of, task_of, held_out = [], [], [], []
-    texts: dict[str, int] = {}
-    tasks: dict[str, int] = {}
-    images = 0
-    total = sum(len(d) for d in datasets)
-    with tqdm(
-        total=total, desc="reading images", unit="episode", file=sys.stderr, delay=2, disable=not progress
-    ) as bar:
-        for dataset, chosen, split in zip(datasets, names, splits, strict=True):
-            train = set(split.train.tolist())
-            for index in range(len(dataset)):
-                episode = dataset.episode(index, images=True)
-                found = _views(episode, dataset, views)
-                if found != chosen:
-                    raise DataError(f"episode {index} of {dataset.name!r} has the views {found}, episode 0 {chosen}")
-                at = np.arange(0, len(episode), stride)
-                rows = np.full((len(at), VIEWS), -1)
-                for v, name in enumerate(chosen):
-                    rows[:, v] = images + np.arange(len(at))
-                    pixels[rows[:, v]] = resize(episode.images[name][at], size)
-                    images += len(at)
-                said, active = frame_texts(episode)
-                if not all(said):
-                    raise DataError(
-                        f"episode {index} of {dataset.name!r} has frames without instruction, task or sub-task; give data that"
-                        " say in words what is done"
-                    )
-                image_of.append(rows)
-                text_of.append(np.array([texts.setdefault(said[i], len(texts)) for i in active[at]], np.int64))
-                task_of.append(np.full(len(at), tasks.setdefault(_task(episode), len(tasks)), np.int64))
-                held_out.append(np.full(len(at), index not in train))
-                bar.update()
-    if len(texts) < 2:
-        raise DataError(
-            f"all frames have the text {next(iter(texts))!r}; give data of several tasks, or with sub-tasks"
-        )
-    frames = Frames(
-        pixels=pixels,
-        image_of=np.concatenate(image_of)[:, : max(len(n) for n in names)],
-        text=np.concatenate(text_of),
-        task=np.concatenate(task_of),
-        held_out=np.concatenate(held_out),
-    )
-    facts = {
-        "data": [
-            {"name": d.name, "episodes": len(d), "frames": int(d.lengths.sum()), "views": list(n)}
-            for d, n in zip(datasets, names, strict=True)
-        ],
-        "episodes": sum(len(split.train) for split in splits),
-        "frames": int((~frames.held_out).sum()),
-        "stride": stride,
-    }
-    return frames, list(texts), facts
-
-
-def _task(episode: Episode) -> str:
-    return episode.instruction.strip() or episode.task.strip()
-
-
-def _views(episode: Episode, dataset: EpisodeDataset, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the views to use."""
-    there = list(episode.images)
-    if not there:
-        raise DataError(
-            f"dataset {dataset.name!r} has no images; give one with images, such as `actok collect --images 64` records"
-        )
-    for name in wanted or ():
-        if name not in there:
-            raise DataError(f"dataset {dataset.name!r} has no view {name!r}; it has {', '.join(there)}")
-    return tuple(wanted or there[:VIEWS])
