@@ -21,10 +21,12 @@ from actok.alignment.scene import (
 from actok.alignment.teacher import load_teacher
 from actok.cli import main
 from actok.core import ArtifactError, ConfigError, DataError
+from actok.data import open_dataset
 from actok.data.arrays import from_arrays
 from actok.training import TrainingError
 from actok.training.teacher import TeacherTraining, _retrieval, train_teacher
-from actok.training.teacher_frames import Frames
+from actok.training.teacher_frames import Frames, read_frames
+from realdata import REAL, needs_real
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 PLACES = {"left": (11, 3), "right": (11, 19)}
@@ -300,6 +302,19 @@ def test_of_more_images_than_fit_every_so_manyth_is_taken(tmp_path, monkeypatch)
     report = train_teacher(world(5, 17), tmp_path / "t", training=TINY, config=SMALL, device="cpu", progress=False)
     assert report.stride == 2
     assert report.frames + report.held_out.frames == 5 * 9
+
+
+@needs_real
+def test_simulated_images_come_with_instruction_and_phase():
+    assembly = open_dataset(REAL / "sim" / "metaworld_img64" / "assembly-v3.npz")
+    lift = open_dataset(REAL / "sim" / "robosuite_img64" / "Lift_UR5e.npz")
+    frames, texts, facts = read_frames([assembly, lift], 16, 0, None, False)
+    nut = "pick up the nut and place it onto the peg"
+    assert {f"{nut}, phase {k} of 5" for k in range(1, 6)} < set(texts)
+    assert "lift the red cube. Current step: grasp." in texts
+    assert len(frames.text) == len(frames.pixels) == 463 + 254
+    assert facts["episodes"] == 3 + 3
+    assert not frames.held_out[:92].any() or frames.held_out[:92].all()  # an episode is held out whole
 
 
 # -- errors -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from actok.core import ConfigError, DataError
 from actok.data import split_dataset
 from actok.data.episodes import Episode, EpisodeDataset
 from actok.data.instructions import frame_texts
+from actok.training.fitting import FRACTIONS
 
 # Images are held in memory at the teacher's size; where they would take more, every second, third, ... frame is taken.
 MOST_BYTES = 1_250_000_000
@@ -56,7 +57,7 @@ def read_frames(
     if views is not None and not 1 <= len(views) <= VIEWS:
         raise ConfigError(f"{len(views)} views are named; name one to {VIEWS}")
     names = [_views(dataset.episode(0, images=True), dataset, views) for dataset in datasets]
-    splits = [split_dataset(dataset, seed=seed) for dataset in datasets]
+    splits = [split_dataset(dataset, fractions=FRACTIONS, seed=seed) for dataset in datasets]
     every = sum(int(d.lengths.sum()) * len(n) for d, n in zip(datasets, names, strict=True))
     stride = -(-every * 3 * size * size // MOST_BYTES)
     count = sum(int((-(-d.lengths // stride)).sum()) * len(n) for d, n in zip(datasets, names, strict=True))
