@@ -569,6 +569,19 @@ def test_sentence_encoders_pool_as_their_files_say(folders, teachers, tmp_path, 
         load_teacher(folder)
 
 
+def test_paligemma_needs_no_pooling_of_its_vision_tower(folders, teachers, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(folders / "paligemma", tmp_path / "paligemma")
+    weights = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if ".head." not in k}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    np.testing.assert_array_equal(
+        load_teacher(folder).encode(TEXTS, views()), teachers["paligemma"].encode(TEXTS, views())
+    )
+
+
 def test_a_checkpoint_without_the_unused_pooler_loads_and_without_a_needed_weight_does_not(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -730,6 +743,26 @@ def test_pairs_of_the_wrong_kind_are_refused(folders):
         load_teacher(f"dinov2:{folders / 'dinov2'}+text:{folders / 'paligemma'}")
 
 
+def test_the_teacher_trained_here_is_opened_by_its_model_type(tmp_path, monkeypatch):
+    import actok.alignment.teacher as module
+
+    class Scene:
+        views = 3
+
+        @classmethod
+        def from_folder(cls, folder, *, device):
+            made = cls()
+            made.opened = (folder, device)
+            return made
+
+    monkeypatch.setattr(module, "load_target", lambda target: {"actok.alignment.scene:SceneTeacher": Scene}[target])
+    (tmp_path / "config.json").write_text('{"model_type": "actok_scene"}')
+    teacher = load_teacher(tmp_path, views=2)
+    assert (teacher.opened, teacher.views) == ((tmp_path, "cpu"), 2)
+    with pytest.raises(ConfigError, match="takes no layer"):
+        load_teacher(tmp_path, layer=-3)
+
+
 def test_unknown_models_and_broken_folders_are_named(folders, tmp_path):
     with pytest.raises(ConfigError, match=r"no config.json"):
         load_teacher(tmp_path)
@@ -748,6 +781,29 @@ def test_unknown_models_and_broken_folders_are_named(folders, tmp_path):
         load_teacher(folder)
     with pytest.raises(ConfigError, match="could not be had from the Hub"):
         load_teacher("nobody/no-such-model")
+
+
+def test_hub_ids_are_fetched_by_revision_and_pickles_only_where_there_is_nothing_else(folders, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, revision, allow_patterns):
+        asked.append((name, revision, "*.bin" in allow_patterns))
+        return str(tmp_path / "bert" if name == "owner/pickled" else folders / "bert")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    teacher = load_teacher("owner/name@v2")
+    assert teacher.identity["model"] == "owner/name@v2"
+    assert teacher.identity["hash"] == load_teacher(folders / "bert").identity["hash"]
+    assert asked == [("owner/name", "v2", False)]
+    shutil.copytree(folders / "bert", tmp_path / "bert", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ConfigError, match="holds no weights"):
+        load_teacher("owner/pickled")
+    assert asked[1:] == [("owner/pickled", None, False), ("owner/pickled", None, True)]
+    torch.save(teacher.model.network.state_dict(), tmp_path / "bert" / "pytorch_model.bin")
+    np.testing.assert_array_equal(load_teacher("owner/pickled").encode(TEXTS), teacher.encode(TEXTS))
 
 
 def test_every_family_is_known_and_has_a_maker_here():

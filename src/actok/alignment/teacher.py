@@ -306,11 +306,11 @@ def load_teacher(
     kind = source.model_type
     if kind == SCENE:
         _refuse(spec, {"layer": layer, "dtype": dtype, **options})
-        scene = load_target("actok.alignment.scene:SceneTeacher").from_folder(source.folder, device=device)
+        scene: Teacher = load_target("actok.alignment.scene:SceneTeacher").from_folder(source.folder, device=device)
         if views is not None:
             scene.views = _views(views)
-        return scene  # type: ignore[no-any-return]
-    common = {"device": device, "dtype": dtype}
+        return scene
+    common: Any = {"device": device, "dtype": dtype}
     if kind in QwenVL.class_name:
         _refuse(spec, {k: v for k, v in options.items() if k != "max_pixels"})
         model: VisionLanguageModel = QwenVL(source, layer=LAYER if layer is None else layer, **common, **options)

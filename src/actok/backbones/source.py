@@ -67,8 +67,8 @@ class ModelSource:
             total.update(f"{path.relative_to(self.folder).as_posix()} {one}\n".encode())
         return total.hexdigest()
 
-    def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the folder, None where there is none. Raises ConfigError where it cannot be read."""
+    def read(self, name: str) -> Any:
+        """The object or list in a JSON file of the folder, None where there is none. Raises ConfigError where it cannot be read."""
         path = self.folder / name
         if not path.is_file():
             return None
@@ -78,7 +78,7 @@ class ModelSource:
             raise ConfigError(f"{path} cannot be read as JSON: {error}; download the model again") from None
         if not isinstance(value, (dict, list)):
             raise ConfigError(f"{path} holds {value!r}; download the model again")
-        return value  # type: ignore[return-value]
+        return value
 
 
 def find_model(spec: str | Path) -> ModelSource:
@@ -175,7 +175,7 @@ def load_network(
         raise ConfigError(
             f"{source.name} lacks {len(missing)} weights of {class_name} (first: {missing[0]}); download the whole model"
         )
-    return network.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return network.to(device).eval().requires_grad_(False)
 
 
 @contextmanager

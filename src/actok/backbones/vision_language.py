@@ -57,6 +57,7 @@ class VisionLanguageModel(ABC):
     """
 
     class_name: ClassVar[Mapping[str, str]]  # model_type -> class of transformers
+    unused: ClassVar[tuple[str, ...]] = ()  # prefixes of weights that a checkpoint may lack
 
     def __init__(
         self, source: ModelSource, *, layer: int | None = None, device: str = "cpu", dtype: str | None = None
@@ -74,7 +75,9 @@ class VisionLanguageModel(ABC):
             ConfigError: the layer does not exist, or loading fails.
             MissingExtraError: transformers is not installed.
         """
-        full: Any = load_network(source, self.class_name[source.model_type], device=device, dtype=dtype)
+        full: Any = load_network(
+            source, self.class_name[source.model_type], device=device, dtype=dtype, unused=self.unused
+        )
         self.source = source
         self.network: Any = full.model
         self.text_tokenizer = load_text_tokenizer(source)
@@ -150,13 +153,14 @@ class VisionLanguageModel(ABC):
 
     def hidden(self, batch: PromptBatch) -> Float[Tensor, "B L F"]:
         """Hidden states of the chosen layer; those of padding mean nothing."""
-        return self.network(  # type: ignore[no-any-return]
+        states: Tensor = self.network(
             input_ids=batch.ids,
             attention_mask=batch.real.long(),
             use_cache=False,
             **batch.pixels,
             **self._arguments(batch),
         ).last_hidden_state
+        return states
 
 
 class QwenVL(VisionLanguageModel):
@@ -221,6 +225,8 @@ class PaliGemma(VisionLanguageModel):
     """PaliGemma and PaliGemma 2: `<image>` x n, `<bos>`, text, newline, all attending to each other."""
 
     class_name: ClassVar[Mapping[str, str]] = {"paligemma": "PaliGemmaForConditionalGeneration"}
+    # SigLIP's own pooling, which PaliGemma does not read; older and newer transformers place it differently.
+    unused = ("model.vision_tower.head.", "model.vision_tower.vision_model.head.")
 
     def __init__(
         self, source: ModelSource, *, layer: int | None = None, device: str = "cpu", dtype: str | None = None
