@@ -63,7 +63,9 @@ def merge_parts(
 
     Raises DataError naming a part that is damaged.
     """
-    digests, index, sizes = [], [], []
+    digests: list[np.ndarray] = []
+    index: list[np.ndarray] = []
+    sizes: list[int] = []
     for path in parts:
         part = _load(path, "digests", "index")
         digests.append(part["digests"])

@@ -65,6 +65,7 @@ def frame_texts(
     resampled from `from_hz`, each with the text in force at its time.
     """
     instruction = _instruction(episode)
+    ids: np.ndarray
     if episode.subtask is None:
         texts, ids = [instruction], np.zeros(len(episode), np.int32)
     else:

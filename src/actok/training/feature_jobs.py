@@ -6,6 +6,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +147,8 @@ class FeatureJob(ABC):
         for key, value in self.identity.items():
             if store.meta[key] != value:
                 raise DataError(
-                    f"{store.folder} holds features with {key} {json.dumps(store.meta[key])}, not {json.dumps(value)}; name another"
-                    " --out, or delete this folder"
+                    f"{store.folder} holds features with {key} {json.dumps(store.meta[key])}, not {json.dumps(value)}; name"
+                    " another --out, or delete this folder"
                 )
         return True
 
@@ -160,7 +161,7 @@ class FeatureJob(ABC):
         self._teacher = None
 
     def make(self, part: int, tick: Callable[[int], object]) -> None:
-        """Encode a part and write it; `tick` is told how many frames each batch stands for."""
+        """Encode a part and write it; `tick` is told how many frames were done."""
         features, items = self._encoded(part, tick)
         write_part(self.path(part), features, items)
 
@@ -239,13 +240,36 @@ class TextJob(FeatureJob):
         for first in range(part * self._size, end, self.batch_size):
             last = min(end, first + self.batch_size)
             texts = self.texts[first:last]
-            found.append(self._features(texts, None, lambda i, texts=texts: f"the text {texts[i]!r}"))  # type: ignore[misc]
+
+            def where(i: int, texts: list[str] = texts) -> str:
+                return f"the text {texts[i]!r}"
+
+            found.append(self._features(texts, None, where))
             tick(int(self._counts[first:last].sum()))
         return np.concatenate(found), None
 
     def _frames_of(self, rows: np.ndarray) -> np.ndarray:
         taken: np.ndarray = rows[self._ids]
         return taken
+
+
+@dataclass(kw_only=True)
+class _Batch:
+    """Frames to encode together: texts, views of each, (episode, frame), and the lengths of the episodes that end in it."""
+
+    dataset: str
+    texts: list[str] = field(default_factory=list)
+    images: list[list[np.ndarray]] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    frames: int = 0
+
+    def other_size(self, images: list[np.ndarray]) -> bool:
+        """Whether images are of other sizes than those that are there."""
+        return bool(self.images) and [i.shape for i in images] != [i.shape for i in self.images[-1]]
+
+    def where(self, i: int) -> str:
+        """The i-th frame in words."""
+        return f"dataset {self.dataset!r}, episode {self.places[i][0]}, frame {self.places[i][1]}"
 
 
 class FrameJob(FeatureJob):
@@ -284,53 +308,38 @@ class FrameJob(FeatureJob):
     def _encoded(self, part: int, tick: Callable[[int], object]) -> tuple[np.ndarray, np.ndarray]:
         found: list[np.ndarray] = []
         items: list[np.ndarray] = []
-        for texts, images, places, counts in self._batches(part, items):
-
-            def where(i: int, places: list[tuple[int, int]] = places) -> str:
-                return f"dataset {self.dataset.name!r}, episode {places[i][0]}, frame {places[i][1]}"
-
-            found.append(self._features(texts, images, where))
-            tick(sum(counts))
+        for batch in self._batches(part, items):
+            views = [np.stack(view) for view in zip(*batch.images, strict=True)]
+            found.append(self._features(batch.texts, views, batch.where))
+            tick(batch.frames)
         return np.concatenate(found), np.concatenate(items)
 
-    def _batches(
-        self, part: int, items: list[np.ndarray]
-    ) -> Iterator[tuple[list[str], list[np.ndarray], list[tuple[int, int]], list[int]]]:
-        """Texts, views, (episode, frame) and frames stood for of each batch; `items` gets the feature of every frame.
-
-        A batch ends where the images' sizes change.
-        """
-        texts: list[str] = []
-        frames: list[list[np.ndarray]] = []
-        places: list[tuple[int, int]] = []
-        counts: list[int] = []
+    def _batches(self, part: int, items: list[np.ndarray]) -> Iterator[_Batch]:
+        """Frames to encode; `items` gets the feature of every frame of each episode. A batch ends where sizes change."""
+        batch = _Batch(dataset=self.dataset.name)
         encoded = 0
         for e in self._blocks[part]:
             episode = self.dataset.episode(e, images=True)
             words, ids = frame_texts(episode, self.dataset.space.rate_hz, self.rate_hz)
             self._require_text(episode, words)
             steps = np.arange(len(ids))
-            if self.rate_hz is not None:
-                steps = states_at(len(episode), self.dataset.space.rate_hz, self.rate_hz)
-            chosen = np.arange(len(ids)) % self.stride == 0
+            chosen = steps % self.stride == 0
             chosen[1:] |= ids[1:] != ids[:-1]
             items.append(encoded + np.cumsum(chosen) - 1)
             encoded += int(chosen.sum())
-            stands_for = np.diff(np.append(np.flatnonzero(chosen), len(ids)))
+            if self.rate_hz is not None:
+                steps = states_at(len(episode), self.dataset.space.rate_hz, self.rate_hz)
             views = self._images(episode)
-            for t, count in zip(np.flatnonzero(chosen), stands_for, strict=True):
+            for t in np.flatnonzero(chosen):
                 images = [view[steps[t]] for view in views]
-                if texts and (
-                    len(texts) == self.batch_size
-                    or any(a.shape != b.shape for a, b in zip(images, frames[-1], strict=True))
-                ):
-                    yield texts, [np.stack(view) for view in zip(*frames, strict=True)], places, counts
-                    texts, frames, places, counts = [], [], [], []
-                texts.append(words[ids[t]])
-                frames.append(images)
-                places.append((e, int(t)))
-                counts.append(int(count))
-        yield texts, [np.stack(view) for view in zip(*frames, strict=True)], places, counts
+                if len(batch.texts) == self.batch_size or batch.other_size(images):
+                    yield batch
+                    batch = _Batch(dataset=self.dataset.name)
+                batch.texts.append(words[ids[t]])
+                batch.images.append(images)
+                batch.places.append((e, int(t)))
+            batch.frames += len(ids)
+        yield batch
 
     def _images(self, episode: Episode) -> list[np.ndarray]:
         for view in self.views:
