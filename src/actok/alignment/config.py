@@ -41,7 +41,7 @@ class AlignmentConfig:
     contrast: float = 0.5
     temperature: float = 0.1
     prediction: float = 0.2
-    width: int = 128
+    width: int = 64
 
     def __post_init__(self) -> None:
         for name in ("masking", "contrast", "prediction"):

@@ -49,13 +49,11 @@ def info_nce(
         positive = group[:, None] == every_group
         rows, columns = positive.nonzero(as_tuple=True)
         share = (1 / positive.sum(1))[rows]
-        sides = (
-            (actions.float(), _everyone(features.float(), counts)),
-            (features.float(), _everyone(actions.float(), counts)),
-        )
+        a, f = actions.float() / temperature, features.float()
+        there = a @ _everyone(f, counts).T
+        back = there.T if ranks.alone() else f @ _everyone(a, counts).T
         found = []
-        for own, every in sides:
-            logits = own @ every.T / temperature
+        for logits in (there, back):
             negatives = logits.masked_fill(positive, NEVER).logsumexp(1)
             found.append((F.softplus(negatives[rows] - logits[rows, columns]) * share).sum())
         return torch.stack(found).sum() * (len(counts) / (2 * max(1, sum(counts))))
