@@ -61,18 +61,28 @@ def good(name: str) -> bool:
     return not learned(name) or name.endswith("-tiny")
 
 
+# Presets of hundreds of millions of parameters, with as few of them as keep every part.
+SHALLOW = {"width": 64, "encoder_depth": 1, "decoder_depth": 1}
+SMALLER = dict.fromkeys(("xtokenizer", "xtokenizer-base", "xtokenizer-small"), SHALLOW)
+
+
 def fit_here(name: str, part: FitPart, *, well: bool = False):
     if not learned(name):
         return fit_parts(name, [part])
     short = {"steps": 2, "batch_size": 16, "warmup_steps": 1, "quantise_after": 0, "weight_ema": 0.0, "precision": "no"}
     if well:
         short |= {"steps": 200, "batch_size": 128, "warmup_steps": 20, "learning_rate": 2e-3}
-    return fit_parts(name, [part], training=short)
+    return fit_parts(name, [part], training=short, **SMALLER.get(name, {}))
+
+
+def part_of(actions: np.ndarray, space: ActionSpace = SPACE) -> FitPart:
+    """Chunks to fit on, with the state at their starts, which some tokenizers need for absolute values."""
+    return FitPart(actions=actions, space=space, anchor=actions[:, 0])
 
 
 @functools.cache
 def fitted(name: str):
-    return fit_here(name, FitPart(actions=chunks(512, 0), space=SPACE), well=good(name))
+    return fit_here(name, part_of(chunks(512, 0)), well=good(name))
 
 
 def context_of(tokenizer, actions, **values) -> ChunkContext:
@@ -280,7 +290,7 @@ def test_decoded_rotations_are_proper(name):
     parts = [convert_rotation(vectors, "axis_angle", form) for form in ("rot6d", "quaternion_xyzw")]
     actions = np.concatenate([*parts, np.zeros((64, T, 6))], axis=2).astype(np.float32)
     with pytest.warns(UserWarning, match=r"absent\.0"):
-        tokenizer = fit_here(name, FitPart(actions=actions, space=space))
+        tokenizer = fit_here(name, part_of(actions, space))
     context = context_of(tokenizer, actions)
     ids = [tokenizer.encode(actions, context).ids]
     if tokenizer.layout.total:
@@ -361,7 +371,7 @@ def test_a_constant_dimension_stays_exact(name):
     actions = chunks(256, 18)
     actions[:, :, 1] = 0.25
     with pytest.warns(UserWarning, match=r"position\.1 never changes"):
-        tokenizer = fit_here(name, FitPart(actions=actions, space=SPACE))
+        tokenizer = fit_here(name, part_of(actions))
     context = context_of(tokenizer, actions[:B])
     out = tokenizer.decode(tokenizer.encode(actions[:B], context).ids, context)
     np.testing.assert_allclose(out.actions[:, :, 1], 0.25, atol=1e-6)
@@ -425,7 +435,7 @@ def test_sweep_runs_from_coarse_to_fine(name):
     actions = chunks(256, 21)
     bits = []
     for settings in preset.sweep:
-        tokenizer = fit_parts(name, [FitPart(actions=actions, space=SPACE)], **settings)
+        tokenizer = fit_parts(name, [part_of(actions)], **settings)
         tokens = tokenizer.encode(actions[:64], context_of(tokenizer, actions[:64]))
         layout = tokenizer.layout
         bits.append(layout.bits if layout.fixed_length else tokens.lengths.mean() * np.log2(tokenizer.vocab_size))

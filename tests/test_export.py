@@ -78,7 +78,7 @@ def one_of_each_kind() -> dict[str, str]:
     found = {}
     for name, preset in sorted(tokenizer_presets().items(), key=lambda item: not item[0].endswith("-tiny")):
         target = load_target(preset.target)
-        if target.learned and preset.target.startswith("actok."):
+        if target.learned and preset.target.startswith("actok.") and not target.codec_class.reads_state:
             found.setdefault(target.kind, name)
     return found
 

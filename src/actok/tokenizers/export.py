@@ -102,6 +102,11 @@ def export_onnx(
         raise ExportError(f"{type(tokenizer).__name__} is no NeuralTokenizer; export its network by its own means")
     if not isinstance(opset, int) or not 18 <= opset <= 23:
         raise ConfigError(f"opset is {opset!r}; give a whole number from 18 to 23")
+    if tokenizer.codec.reads_state:
+        raise ExportError(
+            f"{tokenizer.kind} reads the robot's state and takes chunks of any length, which the two graphs have no inputs"
+            " for; serve it with actok, or export a tokenizer that reads actions alone, e.g. fastervq or oat"
+        )
     robot = tokenizer.embodiment(embodiment)
     name = robot.space.embodiment
     length = tokenizer.layout_for(None, name).fixed_length
