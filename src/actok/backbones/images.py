@@ -125,7 +125,8 @@ class FixedImages:
             if top < 0 or left < 0:
                 raise DataError(f"images of {height} x {width} are smaller than the model's crop {self.crop}")
             images = images[:, top : top + self.crop[0], left : left + self.crop[1]]
-        return torch.from_numpy(_normalise(images, self).transpose(0, 3, 1, 2).copy())
+        factor, shift = (x[:, None, None] for x in _affine(self))
+        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)) * factor - shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +194,13 @@ class PatchImages:
         down, across = self.grid(*images.shape[1:3])
         images = _resize(images, down * self.patch, across * self.patch, self.resample)
         m, p = self.merge, self.patch
-        blocks = _normalise(images, self).reshape(len(images), down // m, m, p, across // m, m, p, 3)
-        rows = blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6)[:, :, :, :, :, :, None]
-        rows = np.broadcast_to(rows, (*rows.shape[:6], self.temporal, p, p))
-        return torch.from_numpy(rows.reshape(len(images), down * across, -1).copy())
+        blocks = images.reshape(len(images), down // m, m, p, across // m, m, p, 3)
+        rows = blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(len(images), down * across, 3, 1, p, p)
+        factor, shift = (x[:, None, None, None] for x in _affine(self))
+        out = np.empty((*rows.shape[:3], self.temporal, p, p), np.float32)
+        np.multiply(rows, factor, out=out)
+        out -= shift
+        return torch.from_numpy(out.reshape(len(images), down * across, -1))
 
 
 def _scaling(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def _scaling(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _normalise(images: np.ndarray, settings: FixedImages | PatchImages) -> np.ndarray:
-    """float32, channels last."""
-    scaled = images.astype(np.float32) * np.float32(settings.scale)
-    return (scaled - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
+def _affine(settings: FixedImages | PatchImages) -> tuple[np.ndarray, np.ndarray]:
+    """(value x scale - mean) / std as factor and shift by channel, float32 [3]."""
+    std = np.asarray(settings.std, np.float64)
+    return (settings.scale / std).astype(np.float32), (np.asarray(settings.mean) / std).astype(np.float32)
