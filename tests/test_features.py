@@ -9,7 +9,7 @@ import pytest
 from actok.alignment.store import FeatureStore
 from actok.cli.main import main
 from actok.core import ActokError, ConfigError, DataError
-from actok.data import Episode, open_dataset, write_lerobot
+from actok.data import Episode, load_mixture, open_dataset, write_lerobot
 from actok.data.instructions import frame_texts
 from actok.training import feature_jobs
 from actok.training.features import extract_features, fingerprint
@@ -155,6 +155,22 @@ def test_workers_together_are_one_go_bit_by_bit(tmp_path):
     done = extract_features(data, FakeTeacher(reads_images=True), tmp_path / "F", workers=2, progress=False)
     assert done.datasets[0].parts == 3
     assert contents(tmp_path / "F", data) == contents(tmp_path / "one", data)
+
+
+def test_what_cannot_be_sent_to_workers_is_said(data, tmp_path):
+    teacher = FakeTeacher()
+    teacher.handle = memoryview(b"")
+    with pytest.raises(ConfigError, match=r"cannot be sent to 2 workers .*; name their folders"):
+        extract_features(data, teacher, tmp_path / "F", workers=2, progress=False)
+
+
+def test_the_datasets_of_a_mixture_keep_their_names(data, tmp_path):
+    mixture = tmp_path / "mix.toml"
+    entries = [f'[[datasets]]\nname = "{name}"\nratio = 1.0\nsource = "{data}"\n' for name in ("left", "right")]
+    mixture.write_text("\n".join(entries))
+    done = extract_features(load_mixture(mixture), FakeTeacher(), tmp_path / "F", progress=False)
+    assert [found.dataset for found in done.datasets] == ["left", "right"]
+    assert len({found.folder for found in done.datasets}) == 1, "the same data have the same features"
 
 
 def test_frames_resampled_to_a_rate_have_features_of_their_own(data, tmp_path):

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
 
     data: Any = list(args.data)
     if len(data) == 1 and (data[0].endswith(".toml") or (data[0] in list_mixtures() and not Path(data[0]).exists())):
-        data = load_mixture(data[0]).open()
+        data = load_mixture(data[0])
     done = extract_features(
         data,
         args.teacher,

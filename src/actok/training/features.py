@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from actok.core import ActionSpace, ActokError, ConfigError
-from actok.data import EpisodeDataset, open_dataset
+from actok.data import EpisodeDataset, Mixture, open_dataset
 from actok.data.fingerprint import fingerprint
 from actok.training.feature_jobs import FeatureJob, make_job
 
@@ -75,15 +76,14 @@ class Extraction:
 class _Task:
     """Everything a process needs to take part."""
 
-    sources: tuple[Any, ...]
+    sources: tuple[dict[str, Any], ...]  # arguments of open_dataset
     teacher: Any
     out: Path
     options: Mapping[str, Any]
-    space: Any
     job: Mapping[str, Any]
 
     def open(self, process: int = 1, processes: int = 1) -> list[FeatureJob]:
-        datasets = [open_dataset(source, space=self.space) for source in self.sources]
+        datasets = [open_dataset(**source) for source in self.sources]
         teacher = self.teacher
         if isinstance(teacher, (str, Path)):
             teacher = _load_teacher(teacher, self.options, process)
@@ -115,7 +115,7 @@ def extract_features(
     is.
 
     Args:
-        data: whatever `open_dataset` takes, or a list of datasets, folders, files and Hub ids.
+        data: whatever `open_dataset` takes, a list of datasets, folders, files and Hub ids, or a `Mixture`.
         teacher: Hub id or folder for `load_teacher`, or a Teacher.
         out: folder; each dataset gets one of its own in it.
         views: names of the views to show; None: the first three of the dataset, as many as the teacher reads; empty: texts
@@ -134,8 +134,6 @@ def extract_features(
         ConfigError: an unusable argument. DataError: no text to encode, a feature that is not finite or too large for
         float16 (naming teacher and frame), a folder that holds features made another way. ActokError: a worker died.
     """
-    several = isinstance(data, (list, tuple)) and len(data) and isinstance(data[0], (str, Path, EpisodeDataset))
-    sources = tuple(data) if several else (data,)
     for name, number in (("stride", stride), ("batch_size", batch_size), ("workers", workers)):
         if not isinstance(number, int) or number < 1:
             raise ConfigError(f"{name} is {number!r}; give a whole number, at least 1")
@@ -147,11 +145,10 @@ def extract_features(
             f"shard {index}/{count} and {workers} workers are given; share the parts among one or the other"
         )
     task = _Task(
-        sources=sources,
+        sources=_sources(data, space),
         teacher=teacher,
         out=Path(out).expanduser(),
         options=dict(options or {}),
-        space=space,
         job={
             "views": None if views is None else tuple(views),
             "stride": stride,
@@ -181,7 +178,7 @@ def extract_features(
             for job, parts in todo.items():
                 for part in parts:
                     job.make(part, bar.update)
-    for source, job in zip(sources, jobs, strict=True):
+    for source, job in zip(task.sources, jobs, strict=True):
         if not job.finished and not job.missing:
             job.merge(_arguments(task, source))
     return Extraction(
@@ -189,17 +186,24 @@ def extract_features(
     )
 
 
-def _arguments(task: _Task, source: Any) -> dict[str, Any]:
+def _sources(data: Any, space: Any) -> tuple[dict[str, Any], ...]:
+    if isinstance(data, Mixture):
+        return tuple({"source": e.source, "space": e.space, "name": e.name} for e in data.entries)
+    several = isinstance(data, (list, tuple)) and len(data) and isinstance(data[0], (str, Path, EpisodeDataset))
+    return tuple({"source": source, "space": space} for source in (data if several else [data]))
+
+
+def _arguments(task: _Task, source: Mapping[str, Any]) -> dict[str, Any]:
     """How to ask for the same again on the command line; None where it cannot be said there."""
-    views = task.job["views"]
+    views, (data, space) = task.job["views"], (source["source"], source["space"])
     return {
-        "data": str(source) if isinstance(source, (str, Path)) else None,
+        "data": str(data) if isinstance(data, (str, Path)) else None,
         "teacher": str(task.teacher) if isinstance(task.teacher, (str, Path)) else None,
         "layer": task.options.get("layer"),
         "views": None if views is None else ",".join(views) or "none",
         "stride": task.job["stride"] if task.job["stride"] > 1 else None,
         "rate": task.job["rate_hz"],
-        "space": str(task.space) if isinstance(task.space, (str, Path)) else None,
+        "space": str(space) if isinstance(space, (str, Path)) else None,
     }
 
 
@@ -234,6 +238,12 @@ def _load_teacher(spec: str | Path, options: Mapping[str, Any], process: int) ->
 
 def _share(task: _Task, workers: int, todo: Mapping[FeatureJob, Sequence[int]], tick: Callable[[int], object]) -> None:
     """Make the parts in `workers` processes, and tell of those that are finished."""
+    try:
+        pickle.dumps(task)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        raise ConfigError(
+            f"data or teacher cannot be sent to {workers} workers ({error}); name their folders"
+        ) from None
     parts = [(number, part) for number, job in enumerate(todo) for part in todo[job]]
     weights = {(number, part): job.weight(part) for number, job in enumerate(todo) for part in todo[job]}
     workers = min(workers, len(parts))
