@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from actok.core import ActionSpace, DataError, FitPart
-from actok.signal.normalise import CONSTANT_WIDTH, Normaliser
+from actok.signal.normalise import CONSTANT_WIDTH, Normaliser, NormaliserKind
 from actok.signal.sketch import StatisticsAccumulator
 from actok.tokenizers.embodiments import Embodiment
 from actok.tokenizers.xtokenizer_layout import FrameName, LayoutName, Placement, UnionMap
 
 # Of the shared channels (arXiv 2606.14752): the 0.1 % and 99.9 % quantiles to -1 and 1.
-KIND = "quantile_wide"
+KIND: NormaliserKind = "quantile_wide"
 # Chunks that are converted at once.
 ROWS = 4096
 
