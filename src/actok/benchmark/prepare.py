@@ -16,11 +16,11 @@ from actok.data import Chunks, EpisodeDataset, FrameCache, open_dataset, split_d
 from actok.signal.normalise import Normaliser
 from actok.training.fitting import FRACTIONS
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "thin"]
 
 
 class Prepared:
-    """One dataset, ready: `held_out` to measure on, `facts` for results.json, `key` its identity.
+    """One dataset, ready: `held_out` to measure on, `facts` for results.json, `key` its identity, its frames and split.
 
     The split is the one of `actok.fit` at the same seed, so a tokenizer fitted there has not seen the test episodes.
     Chunks start at every step of an episode, as a policy meets them, and are thinned evenly where there are more than
@@ -41,8 +41,8 @@ class Prepared:
     ) -> None:
         self.dataset: EpisodeDataset = open_dataset(source, space=space, name=name)
         dataset = self.dataset
-        cache = FrameCache.build(dataset)
-        split = split_dataset(dataset, fractions=FRACTIONS, seed=seed)
+        self.cache = cache = FrameCache.build(dataset)
+        self.split = split = split_dataset(dataset, fractions=FRACTIONS, seed=seed)
         if not len(split.test):
             raise DataError(f"{dataset.name} has {len(dataset)} episodes, too few to hold one out; give at least two")
         self.test_episodes: list[int] = split.test.tolist()
@@ -50,7 +50,7 @@ class Prepared:
         statistics = cache.statistics(split.train)
         train_pool, test_pool = Chunks(cache, steps, split.train), Chunks(cache, steps, split.test)
         train, test = (
-            pool.batch(_thin(len(pool), most)) for pool, most in ((train_pool, max_fit_chunks), (test_pool, max_chunks))
+            pool.batch(thin(len(pool), most)) for pool, most in ((train_pool, max_fit_chunks), (test_pool, max_chunks))
         )
         self.held_out = HeldOut(
             name=dataset.name,
@@ -135,7 +135,7 @@ def prepare(sources: Sequence[Any], spaces: Any, **options: Any) -> list[Prepare
     return found
 
 
-def _thin(count: int, most: int) -> np.ndarray:
+def thin(count: int, most: int) -> np.ndarray:
     """At most `most` indices of `count`, evenly spread."""
     if count <= most:
         return np.arange(count)

@@ -7,7 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from actok.benchmark import plots
+from actok.benchmark import plots, semantic_plots
+from actok.benchmark.semantic_table import measured, semantic_facts, semantic_notes, semantic_tables
 from actok.benchmark.table import (
     Column,
     behaviour_columns,
@@ -114,8 +115,45 @@ def _dataset(results: Mapping[str, Any], dataset: Mapping[str, Any]) -> str:
         _table(behaviour_columns(good)),
         "<h3>Error in physical units</h3>",
         _table(_group_columns(good)),
+        *_semantics(results, dataset, good),
     ]
     return "\n".join(lines)
+
+
+def _semantics(results: Mapping[str, Any], dataset: Mapping[str, Any], units: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the codes say; nothing where it was not asked for."""
+    reasons = [f"<p class=note>{escape(n)}</p>" for n in semantic_notes(results, dataset["name"], units)]
+    tables = semantic_tables(results, dataset["name"], units)
+    if not tables:
+        return ["<h3>Is it semantic?</h3>", *reasons] if reasons else []
+    teacher = (semantic_facts(results, dataset["name"]) or {})["teacher"]
+    read = f" Features for retrieval: {escape(str(teacher.get('model', teacher)))}." if teacher else ""
+    lines = [
+        "<h3>Is it semantic?</h3>",
+        "<p class=note>Linear models read task, phase and verb off the codes of a chunk; trained on chunks of the training"
+        f" episodes, judged on those of held-out episodes. docs/semantics.md defines every figure.{read}</p>",
+        *map(_table, tables),
+        *reasons,
+        _plots(semantic_plots.overview_figures(results, dataset, units)),
+    ]
+    for unit in measured(units):
+        examples = unit["semantics"]["figures"]["examples"]
+        columns = [
+            Column(title="code", meaning="of the first level", cells=tuple(str(e["symbol"]) for e in examples)),
+            Column(title="share", meaning="of its codes", cells=tuple(percent(e["share"]) for e in examples)),
+            Column(
+                title="instructions",
+                meaning="under which it occurs most, with their share of its chunks",
+                cells=tuple(", ".join(f"{words} ({percent(share)})" for words, share in e["words"]) for e in examples),
+            ),
+        ]
+        lines += [
+            f"<details><summary>{escape(unit['tokenizer'])}: where its most used codes occur, and what they do</summary>",
+            _table(columns),
+            _plots(semantic_plots.unit_figures(results, dataset, unit)),
+            "</details>",
+        ]
+    return lines
 
 
 def _replay(replay: Mapping[str, Any]) -> str:

@@ -27,14 +27,17 @@ CODE = (
     "nn",
     "quantizers",
     "tokenizers",
+    "alignment",
+    "backbones",
     "data",
     "envs",
     "evaluation",
     "training",
     "configs",
     "benchmark/measure.py",
+    "benchmark/semantics.py",
 )
-PACKAGES = ("numpy", "scipy", "tokenizers", "numba", "torch", "matplotlib", "mujoco", "metaworld")
+PACKAGES = ("numpy", "scipy", "scikit-learn", "tokenizers", "numba", "torch", "matplotlib", "mujoco", "metaworld")
 
 __all__ = ["FORMAT", "SCHEMA_VERSION", "UnitStore", "code_hash", "plain", "provenance", "read_results", "write_results"]
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from actok.benchmark.measure import embodiment_for, measure
 from actok.benchmark.prepare import Prepared, prepare
 from actok.benchmark.report import write_report
 from actok.benchmark.results import FORMAT, SCHEMA_VERSION, UnitStore, module_hash, plain, provenance, write_results
+from actok.benchmark.semantic_plots import write_pictures
+from actok.benchmark.semantics import LabelledSource
 from actok.benchmark.table import text_table
 from actok.core import (
     ActionTokenizer,
@@ -95,6 +98,8 @@ def run_benchmark(
     sweep: bool = False,
     tolerances: Sequence[float] = TOLERANCES,
     replay: Mapping[str, Any] | str | None = None,
+    semantics: bool = False,
+    features: str | Path | None = None,
     max_chunks: int = 2_000,
     max_fit_chunks: int = 20_000,
     fresh: bool = False,
@@ -120,6 +125,8 @@ def run_benchmark(
         tolerances: at which the valid reconstruction rate is reported.
         replay: results of `actok.evaluation.replay.replay` (or the name of an environment to run it in now, on the
             first dataset whose space is the environment's), shown beside the errors.
+        semantics: also what the codes say about task, phase, verb and words (docs/semantics.md).
+        features: of `semantics`: folder of `actok features`, with a teacher's features of every dataset, for retrieval.
         max_chunks, max_fit_chunks: test and training chunks are thinned to these numbers.
         fresh: measure everything again.
         progress: show a progress bar on stderr.
@@ -132,6 +139,10 @@ def run_benchmark(
     if not data or not tokenizers:
         raise ConfigError(f"{len(data)} datasets and {len(tokenizers)} tokenizers are given; give at least one of each")
     _check_replay(replay)
+    if features is not None and not semantics:
+        raise ConfigError(
+            f"features {features} are given, but only the semantic figures read them; ask for semantics too"
+        )
     candidates = [Candidate.of(given) for given in tokenizers]
     labels = [c.label for c in candidates]
     if repeated := {n for n in labels if labels.count(n) > 1}:
@@ -145,13 +156,15 @@ def run_benchmark(
     prepared = prepare(data, spaces, **options, max_chunks=max_chunks, max_fit_chunks=max_fit_chunks)
     points = [p for c in candidates for p in _sweep_points(c)] if sweep else []
     small = prepare(data, spaces, **options, max_chunks=SWEEP_CHUNKS, max_fit_chunks=SWEEP_FIT_CHUNKS) if points else []
+    labelled = [LabelledSource(p, features) for p in prepared] if semantics else []
     work = [(d, c) for d in prepared for c in candidates] + [(d, c) for d in small for c in points]
     store = UnitStore(out / "units", fresh=fresh)
     units = []
     with tqdm(work, unit="unit", disable=None if progress else True, delay=1) as bar:
         for dataset, candidate in bar:
             bar.set_description(f"{dataset.held_out.name}: {candidate.label}")
-            units.append(_unit(dataset, candidate, store, seed))
+            source = next((s for s in labelled if s.prepared is dataset and not candidate.sweep), None)
+            units.append(_unit(dataset, candidate, store, seed, source))
     results: dict[str, Any] = plain(
         {
             "format": FORMAT,
@@ -162,8 +175,10 @@ def run_benchmark(
                 "max_chunks": max_chunks,
                 "max_fit_chunks": max_fit_chunks,
                 "sweep": sweep,
+                "semantics": semantics,
             },
             "datasets": [d.facts for d in prepared],
+            "semantics": [_labels(source, store, seed) for source in labelled],
             "results": units,
             "replay": _replay(replay, prepared, candidates, store, seed, progress) if replay is not None else None,
         }
@@ -174,12 +189,16 @@ def run_benchmark(
 
 
 def write_outputs(results: Mapping[str, Any], out_dir: str | Path) -> None:
-    """Everything derived from results: table.txt, table.md and report.html (a warning where matplotlib is missing)."""
+    """Everything derived from results: table.txt, table.md, report.html, and pictures of semantic figures as SVG files.
+
+    Without matplotlib there are no report and no pictures, and a warning says so.
+    """
     out = Path(out_dir)
     write_bytes(out / "table.txt", text_table(results) + "\n")
     write_bytes(out / "table.md", text_table(results, markdown=True) + "\n")
     try:
         write_report(results, out / "report.html")
+        write_pictures(results, out / "semantics")
     except MissingExtraError as error:
         warnings.warn(f"report.html was not written: {error}", stacklevel=3)
 
@@ -194,34 +213,55 @@ def _sweep_points(candidate: Candidate) -> list[Candidate]:
     ]
 
 
-def _unit(dataset: Prepared, candidate: Candidate, store: UnitStore, seed: int) -> dict[str, Any]:
+def _unit(
+    dataset: Prepared, candidate: Candidate, store: UnitStore, seed: int, source: LabelledSource | None
+) -> dict[str, Any]:
     """One unit: kept from an earlier run, or fitted and measured now. Errors become part of the unit."""
     preset = None if candidate.loaded is not None else find_preset(candidate.source)
     weights = None if candidate.loaded is None else candidate.loaded.to_artifact()
     settings = dict(candidate.settings) if preset is None else {**preset.settings, **candidate.settings}
-    key = store.key(
-        dataset=dataset.key,
-        target=None if preset is None else preset.target,
-        module=module_hash(preset.target.partition(":")[0] if preset else type(candidate.loaded).__module__),
-        weights=None if weights is None else [weights.weights_hash, weights.embodiments],
-        settings=settings,
-        full=not candidate.sweep,
-        seed=seed,
-    )
-    head = {
+    facts = {
+        "dataset": dataset.key,
+        "target": None if preset is None else preset.target,
+        "module": module_hash(preset.target.partition(":")[0] if preset else type(candidate.loaded).__module__),
+        "weights": None if weights is None else [weights.weights_hash, weights.embodiments],
+        "settings": settings,
+        "full": not candidate.sweep,
+        "seed": seed,
+    }
+    unit = {
         "dataset": dataset.held_out.name,
         "tokenizer": candidate.label,
         "source": candidate.source,
         "settings": settings,
         "sweep": candidate.sweep,
     }
-    kept = store.get(key)
-    if kept is not None:
-        return {**head, **kept}
-    unit = plain(_attempt(lambda: _fit_and_measure(dataset, candidate, seed)))
-    if unit["status"] == "ok":
-        store.put(key, unit)
-    return {**head, **unit}
+    fitted = cache(lambda: _fitted(dataset, candidate))
+    unit |= _kept_or_made(store, facts, lambda: _fit_and_measure(dataset, candidate, fitted, seed))
+    if source is not None and unit["status"] == "ok":
+        unit["semantics"] = _kept_or_made(
+            store,
+            {**facts, "semantics": source.key},
+            lambda: source.measure(embodiment_for(fitted(), dataset.held_out), seed=seed),
+        )
+    return unit
+
+
+def _kept_or_made(store: UnitStore, facts: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an earlier run kept under these facts, or the result of `work`, kept unless it failed."""
+    key = store.key(**facts)
+    if (kept := store.get(key)) is not None:
+        return kept
+    found: dict[str, Any] = plain(_attempt(work))
+    if found["status"] == "ok":
+        store.put(key, found)
+    return found
+
+
+def _labels(source: LabelledSource, store: UnitStore, seed: int) -> dict[str, Any]:
+    """What tokenizers of a dataset are compared with: its labels, and probes on the chunks themselves."""
+    head = {"dataset": source.prepared.held_out.name}
+    return head | _kept_or_made(store, {"labels": source.key, "seed": seed}, lambda: source.facts(seed=seed))
 
 
 def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -241,9 +281,11 @@ def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return {**found, "warnings": sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})}
 
 
-def _fit_and_measure(dataset: Prepared, candidate: Candidate, seed: int) -> dict[str, Any]:
+def _fit_and_measure(
+    dataset: Prepared, candidate: Candidate, fitted: Callable[[], ActionTokenizer], seed: int
+) -> dict[str, Any]:
     before = time.perf_counter()
-    tokenizer = _fitted(dataset, candidate)
+    tokenizer = fitted()
     after = time.perf_counter()
     tokenizer, embodiment, adapted = embodiment_for(tokenizer, dataset.held_out)
     metrics = measure(tokenizer, dataset.held_out, embodiment, seed=seed, full=not candidate.sweep)

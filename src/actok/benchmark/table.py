@@ -156,6 +156,8 @@ def replay_columns(replay: Mapping[str, Any]) -> list[Column]:
 
 def text_table(results: Mapping[str, Any], *, markdown: bool = False) -> str:
     """All datasets' tables as plain text of at most 120 columns, or as Markdown."""
+    from actok.benchmark.semantic_table import semantic_notes, semantic_tables  # which is made of this module's columns
+
     lines: list[str] = []
     legend: dict[str, str] = {}
     for dataset in results["datasets"]:
@@ -165,13 +167,15 @@ def text_table(results: Mapping[str, Any], *, markdown: bool = False) -> str:
         lines += [f"### {dataset['name']}", "", heading] if markdown else [dataset["name"], *_wrap(heading)]
         lines.append("")
         if good:
-            for columns in (error_columns(good), behaviour_columns(good)):
+            semantic = semantic_tables(results, dataset["name"], good)
+            for columns in (error_columns(good), behaviour_columns(good), *semantic):
                 lines += [*render_columns(columns, markdown), ""]
                 legend |= {c.title: c.meaning for c in columns if c.meaning}
         for unit in units:
             if unit["status"] != "ok":
                 lines += _wrap(f"{unit['tokenizer']}: FAILED: {unit['error']}")
-        lines += [line for text in notes(units) for line in _wrap(text)]
+        told = [*notes(units), *semantic_notes(results, dataset["name"], units)]
+        lines += [line for text in told for line in _wrap(text)]
         lines.append("")
     if results.get("replay"):
         replay = results["replay"]

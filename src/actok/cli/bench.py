@@ -33,11 +33,15 @@ def run(args: argparse.Namespace) -> int:
         sweep=args.sweep,
         spaces=args.space,
         replay=replay,
+        semantics=args.semantics,
+        features=args.features,
         fresh=args.fresh,
     )
     print(text_table(results))
-    print(f"written to {args.out}: results.json, table.md, report.html")
+    pictures = results["settings"]["semantics"] and " (pictures of the codes: semantics/)"
+    print(f"written to {args.out}: results.json, table.md, report.html{pictures or ''}")
     failed = [r for r in results["results"] if r["error"] and not r["sweep"]]
     for row in failed:
         print(f"actok: warning: {row['tokenizer']} on {row['dataset']} failed: {row['error']}", file=sys.stderr)
-    return 3 if failed else 0
+    parts = [*results["semantics"], *(r["semantics"] for r in results["results"] if "semantics" in r)]
+    return 3 if failed or any(part["error"] for part in parts) else 0

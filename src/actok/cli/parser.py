@@ -111,6 +111,12 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: one second)")
     v.add_argument("--sweep", action="store_true", help="also every setting of each preset's sweep (rate-distortion)")
     v.add_argument("--replay", metavar="FILE", help="replay.json of `actok replay`, to show beside the errors")
+    v.add_argument(
+        "--semantics", action="store_true", help="also what the codes say about task, phase, verb and instruction"
+    )
+    v.add_argument(
+        "--features", metavar="DIR", help="with --semantics: features of `actok features`, for retrieval by text"
+    )
     v.add_argument("--fresh", action="store_true", help="do not reuse finished parts of an earlier run in DIR")
     _seed(v, "of the split and of every random test")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from actok.core import DataError
 
 # Weights of the squared norm that are tried, and how long each is optimised.
 PENALTIES = (1e-3, 1e-4, 1e-5)
-ITERATIONS = 60
+ITERATIONS, HISTORY, BACKTRACKS, TOLERANCE = 30, 8, 30, 1e-4
 # The fifth of the training episodes that chooses among them.
 CHOOSING = 5
 # Resamples of the test episodes for the interval.
@@ -60,7 +62,8 @@ def linear_probe(
 
     `train` [n, d] and `test` [m, d] are NumPy arrays or scipy sparse matrices, such as `LevelCodes.bags`. The loss is the
     mean cross-entropy plus penalty / 2 times the squared norm of the weights (not of the intercepts), minimised by
-    L-BFGS from zero, so nothing in it is random but the choice of episodes for the penalty. A label that no training
+    at most ITERATIONS steps of L-BFGS from zero (the last fit from the weights that chose the penalty), so nothing in it
+    is random but which episodes choose. Columns that fewer than two training chunks have are left out. A label that no training
     chunk has can never be named and counts as wrong.
 
     Raises DataError where the training chunks have fewer than two labels, or there is no test chunk.
@@ -71,20 +74,21 @@ def linear_probe(
             f"{len(classes)} labels among the training chunks and {len(test_label)} test chunks; a probe needs at least"
             " two labels and one test chunk"
         )
-    # A column that no training chunk has would keep its initial weight of zero.
-    seen = np.flatnonzero(np.asarray(abs(train).sum(0)).reshape(-1))
+    # A column that a single training chunk has could only serve to memorise that chunk; one that none has stays at zero.
+    seen = np.flatnonzero(np.asarray((train != 0).sum(0)).reshape(-1) > 1)
     x, x_test = train[:, seen], test[:, seen]
     rng = np.random.default_rng(seed)
     episodes = rng.permutation(np.unique(train_episode))
     held = np.isin(train_episode, episodes[: len(episodes) // CHOOSING])
-    penalty = PENALTIES[1]
+    penalty, weights = PENALTIES[1], None
     if held.any() and len(np.unique(y[~held])) > 1:
-        weights, scores = None, []
+        scores, fits = [], [None]
         for value in PENALTIES:  # from strong to weak, each from where the one before ended
-            weights = _fit(x[~held], y[~held], len(classes), value, weights)
-            scores.append(float((_scores(x[held], weights).argmax(1) == y[held]).mean()))
-        penalty = PENALTIES[int(np.argmax(scores))]
-    named = classes[_scores(x_test, _fit(x, y, len(classes), penalty)).argmax(1)]
+            fits.append(_fit(x[~held], y[~held], len(classes), value, fits[-1]))
+            scores.append(float((_scores(x[held], fits[-1]).argmax(1) == y[held]).mean()))
+        best = int(np.argmax(scores))
+        penalty, weights = PENALTIES[best], fits[best + 1]
+    named = classes[_scores(x_test, _fit(x, y, len(classes), penalty, weights)).argmax(1)]
     right = named == test_label
     present = np.unique(test_label)
     low, high = _interval(right, test_episode, rng)
@@ -103,14 +107,10 @@ def linear_probe(
 
 def _fit(x: Any, y: Int[np.ndarray, "n"], classes: int, penalty: float, start: Any = None) -> Float[np.ndarray, "d c"]:
     """Weights [d + 1, classes], the last row the intercepts."""
-    from scipy.optimize import minimize
-
-    shape = (x.shape[1] + 1, classes)
     rows = np.arange(len(y))
     transposed = x.T.tocsr() if hasattr(x, "tocsr") else x.T
 
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = flat.reshape(shape)
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         score = _scores(x, weights)
         score -= score.max(1, keepdims=True)
         right = score[rows, y].sum()
@@ -119,13 +119,55 @@ def _fit(x: Any, y: Int[np.ndarray, "n"], classes: int, penalty: float, start: A
         score /= total
         score[rows, y] -= 1
         score /= len(y)
-        gradient = np.concatenate([transposed @ score + penalty * weights[:-1], score.sum(0, keepdims=True)])
-        value = (np.log(total).sum() - right) / len(y) + penalty / 2 * (weights[:-1] ** 2).sum()
-        return float(value), gradient.reshape(-1)
+        gradient = np.empty_like(weights)
+        gradient[:-1] = transposed @ score
+        gradient[:-1] += penalty * weights[:-1]
+        gradient[-1] = score.sum(0)
+        squares = np.vdot(weights[:-1], weights[:-1])
+        return float((np.log(total).sum() - right) / len(y) + penalty / 2 * squares), gradient
 
-    first = np.zeros(shape) if start is None else start
-    found = minimize(loss, first.reshape(-1), jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS})
-    return np.asarray(found.x).reshape(shape)
+    return _minimise(loss, np.zeros((x.shape[1] + 1, classes)) if start is None else start)
+
+
+def _minimise(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np.ndarray) -> np.ndarray:
+    """L-BFGS with the two-loop recursion and backtracking (Nocedal and Wright 2006, algorithms 7.4 and 3.1).
+
+    scipy's L-BFGS-B keeps track of bounds that are not there, which takes most of its time at 10^5 weights.
+    """
+    value, gradient = loss(point)
+    pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=HISTORY)
+    for _ in range(ITERATIONS):
+        direction = -gradient
+        passed = []
+        for step, change, rho in reversed(pairs):
+            passed.append(rho * np.vdot(step, direction))
+            direction -= passed[-1] * change
+        if pairs:
+            step, change, rho = pairs[-1]
+            direction *= 1 / (rho * np.vdot(change, change))
+        else:
+            direction *= 1 / max(np.linalg.norm(gradient), 1e-12)
+        for (step, change, rho), factor in zip(pairs, reversed(passed), strict=True):
+            direction += (factor - rho * np.vdot(change, direction)) * step
+        slope = float(np.vdot(gradient, direction))
+        length = 1.0
+        for _ in range(BACKTRACKS):
+            new = point + length * direction
+            new_value, new_gradient = loss(new)
+            if new_value <= value + 1e-4 * length * slope:
+                break
+            length /= 2
+        else:
+            break  # no descent left at this precision
+        step, change = new - point, new_gradient - gradient
+        curvature = float(np.vdot(step, change))
+        if curvature > 1e-12 * float(np.vdot(change, change)):
+            pairs.append((step, change, 1 / curvature))
+        done = value - new_value <= TOLERANCE * abs(value)
+        point, value, gradient = new, new_value, new_gradient
+        if done:
+            break
+    return point
 
 
 def _scores(x: Any, weights: Float[np.ndarray, "d c"]) -> Num[np.ndarray, "n c"]:
