@@ -36,7 +36,7 @@ from results.training import Task, assignments, kept_specification, mixture, run
 
 SEEDS = (0, 1, 2)
 # Steps of gradient descent: the ablation, a tokenizer of all robots, a tokenizer of one.
-ABLATION_STEPS, UNION_STEPS, ALONE_STEPS = 400, 600, 300
+ABLATION_STEPS, UNION_STEPS, ALONE_STEPS = 400, 600, 200
 # Arms whose achieved end-effector paths are data sets: name -> (data set of places.py, its files).
 ARMS: Mapping[str, tuple[str, str]] = {
     "arm_panda": ("robosuite", "*_Panda.npz"),

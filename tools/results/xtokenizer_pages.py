@@ -29,6 +29,8 @@ from results.xtokenizer_tables import (
     arms_page,
     conditions,
     rows_by_seed,
+    semantic_figures,
+    share,
 )
 
 DRAWN = ("full", "plain-rvq")
@@ -48,17 +50,19 @@ def write_semantic_pages(work: Workshop, chosen: Mapping[str, SemanticJob] = SEM
     results = {seed: _load(bench / f"ablation-{seed}" / "results.json") for seed in SEEDS}
     units = [(seed, unit) for seed, found in results.items() if found for unit in found["results"]]
     first = next((found for found in results.values() if found), None)
+    labels = first["semantics"][0] if first and first.get("semantics") else None
     ablation = {
         "conditions": first["provenance"] if first else None,
         "variants": {v: rows_by_seed(v, units) for v in ABLATION},
         "references": {name: rows_by_seed(name, units) for name in REFERENCES},
+        "labels": None if labels is None else {k: v for k, v in labels.items() if k != "names"},
         "published": PUBLISHED,
     }
     write("ablation", ablation_page(ablation), ablation)
     arms, shared, speed = (_load(bench / f"{name}.json") for name in ("arms", "shared", "speed"))
     body = {"errors": arms, "shared": shared, "speed": speed}
     write("arms", arms_page(arms, shared), body)
-    pictures = _pictures(units)
+    pictures = _pictures(units, labels)
     write("codes", codes_page(pictures), pictures)
     for name in (draw_maps(pictures, work.pages / "maps.png"), draw_codes(pictures, work.pages / "codes.png")):
         if name is not None:
@@ -75,15 +79,15 @@ def _load(path: Path) -> Any:
 # -- codes ------------------------------------------------------------------------------------------------------------
 
 
-def _pictures(units: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+def _pictures(units: Sequence[tuple[int, Mapping[str, Any]]], labels: Mapping[str, Any] | None) -> dict[str, Any]:
     """Maps and examples of the drawn variants, of the first seed."""
     found = {}
     for seed, unit in units:
         variant = unit["tokenizer"].removesuffix(f"-{seed}")
-        semantics = unit.get("semantics") or {}
+        semantics = semantic_figures(unit)
         if seed == SEEDS[0] and variant in DRAWN and semantics:
-            found[variant] = {k: semantics.get(k) for k in ("map", "examples", "names")}
-    return {"variants": found}
+            found[variant] = {k: semantics[k] for k in ("map", "examples")}
+    return {"variants": found, "names": (labels or {}).get("names") or {}}
 
 
 def codes_page(pictures: Mapping[str, Any]) -> str:
@@ -106,7 +110,7 @@ def codes_page(pictures: Mapping[str, Any]) -> str:
             "|---:|---:|---:|---|",
         ]
         for one in found["examples"] or []:
-            words = "; ".join(f"{text} ({share(share)})" for text, share in one["words"])
+            words = "; ".join(f"{text} ({share(part)})" for text, part in one["words"])
             lines.append(f"| {one['symbol']} | {100 * one['share']:.1f} % | {one['chunks']} | {words} |")
     lines += ["", "![Motions that the most used codes decode to](codes.png)", ""]
     lines.append("Mean decoded motion of the chunks with each code, normalised units, one line a dimension.")
@@ -150,7 +154,7 @@ def index_page(
 ) -> str:
     """What there is, and the commands."""
     trial = "" if work.places.scale == 1 else f"\n**A trial with {work.places.scale:g} of all steps; no results.**\n"
-    ratio = None if speed is None else speed.get("ratio")
+    ratio = None if speed is None else speed["steps"]["all"]
     lines = [
         "# X-Tokenizer: are the codes semantic?",
         trial,
@@ -174,10 +178,11 @@ def index_page(
         f"{len(jobs)} of {len(SEMANTIC_JOBS)} jobs are trained. The union: {', '.join(UNION)}; left out in turn:"
         f" {', '.join(LEFT_OUT)}; split of seed {SEED}.",
     ]
-    if ratio is not None:
+    if speed is not None and ratio is not None:
         lines += [
             "",
-            f"A training step with all objectives takes {ratio:.2f} times as long as one of plain residual VQ"
-            " (`benchmarks/alignment_speed.py`).",
+            f"A training step of {speed['settings']['preset']} with all objectives takes {ratio['ratio']:.2f} times as long as"
+            f" one of plain residual VQ (quartiles {ratio['ratio_quartiles'][0]:.2f} and {ratio['ratio_quartiles'][1]:.2f} of"
+            f" {speed['rounds']} rounds; `python benchmarks/alignment_speed.py`).",
         ]
     return "\n".join(lines)

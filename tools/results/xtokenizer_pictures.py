@@ -40,8 +40,7 @@ def draw_maps(pictures: Mapping[str, Any], path: Path) -> Path | None:
             if ids is None:
                 panel.scatter(*points.T, s=8, color=GREY)
                 continue
-            names = (found.get("names") or {}).get(label)
-            _scatter(panel, points, np.array(ids), names)
+            _scatter(panel, points, np.array(ids), pictures["names"].get(label))
     return _save(figure, path)
 
 

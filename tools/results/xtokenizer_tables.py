@@ -37,7 +37,17 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
     "FAST": {"l1": 0.01446, "noise_0.008": 1.445},
 }
 
-__all__ = ["COMMAND", "PUBLISHED", "ablation_page", "arms_page", "conditions", "rows_by_seed", "semantic_row", "share"]
+__all__ = [
+    "COMMAND",
+    "PUBLISHED",
+    "ablation_page",
+    "arms_page",
+    "conditions",
+    "rows_by_seed",
+    "semantic_figures",
+    "semantic_row",
+    "share",
+]
 
 Column = tuple[str, str, Callable[[float], str]]
 
@@ -54,17 +64,22 @@ def conditions(p: Mapping[str, Any] | None) -> str:
 # -- figures of a unit ------------------------------------------------------------------------------------------------
 
 
+def semantic_figures(unit: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `actok bench --semantics` measured of a tokenizer; nothing where it failed."""
+    found: Mapping[str, Any] = (unit.get("semantics") or {}).get("figures") or {}
+    return found
+
+
 def semantic_row(unit: Mapping[str, Any]) -> dict[str, float]:
     """The figures of the ablation's tables of one measured tokenizer, by column; those it has none of are left out."""
     found: dict[str, float | None] = {}
     if (own := figures(unit)) is not None:
         found |= {"l1": own.l1, "vrr_0.03": own.vrr[0], "vrr_0.1": own.vrr[1], "bits": own.bits, "tokens": own.tokens}
-    semantics = unit.get("semantics") or {}
+    semantics = semantic_figures(unit)
     for level in semantics.get("levels", []):
         name = "all" if level["level"] is None else str(level["level"])
         found |= {f"perplexity_{name}": level["use"]["perplexity"], f"used_{name}": level["use"]["used"]}
         found |= {f"probe_{label}_{name}": p["accuracy"] for label, p in level["probes"].items()}
-        found |= {f"majority_{label}": p["majority"] for label, p in level["probes"].items()}
         found |= {f"bits_{label}_{name}": i["excess"] for label, i in level["information"].items()}
     if noise := semantics.get("noise"):
         found |= {f"noise_{s:g}": r for s, r in zip(noise["sigma"], noise["error_rate"], strict=True)}
@@ -168,7 +183,7 @@ def ablation_page(body: Mapping[str, Any]) -> str:
             ],
         ),
         "",
-        _majority(body),
+        _limits(body),
         "",
         "The same probe for the phase, level by level, and for all codes together:",
         "",
@@ -206,15 +221,17 @@ def ablation_page(body: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _majority(body: Mapping[str, Any]) -> str:
-    rows = [row for found in body["variants"].values() for row in found.values()]
+def _limits(body: Mapping[str, Any]) -> str:
+    """What a probe could reach, and what it would reach without looking."""
+    raw = (body["labels"] or {}).get("raw") or {}
     known = [
-        f"{label} {share(row[f'majority_{label}'])}"
-        for row in rows[:1]
+        f"{label} {share(raw[label]['accuracy'])} and {share(raw[label]['majority'])}"
         for label in PROBED
-        if f"majority_{label}" in row
+        if "accuracy" in raw.get(label, {})
     ]
-    return f"Always naming the most frequent label: {', '.join(known)}." if known else ""
+    if not known:
+        return ""
+    return f"The same probe on the chunks themselves, and always naming the most frequent label: {'; '.join(known)}."
 
 
 # -- many arms --------------------------------------------------------------------------------------------------------
