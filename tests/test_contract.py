@@ -62,7 +62,7 @@ def good(name: str) -> bool:
 
 
 # Presets of hundreds of millions of parameters, with as few of them as keep every part.
-SHALLOW = {"width": 64, "encoder_depth": 1, "decoder_depth": 1}
+SHALLOW = {"width": 64, "encoder_depth": 1, "decoder_depth": 1, "quantizer": {"kmeans_steps": 2}}
 SMALLER = dict.fromkeys(("xtokenizer", "xtokenizer-base", "xtokenizer-small"), SHALLOW)
 
 
