@@ -47,7 +47,7 @@ def level_columns(facts: Mapping[str, Any], units: Sequence[Mapping[str, Any]]) 
             "level", "of the codes; all: whole sequences", lambda m: "all" if m["level"] is None else str(m["level"])
         ),
         column("ppl", "perplexity of the held-out codes", lambda m: number(m["use"]["perplexity"])),
-        column("used", "codes used", lambda m: percent(m["use"]["used"])),
+        column("use", "codes used", lambda m: percent(m["use"]["used"])),
     ]
     columns += [
         Column(
@@ -81,7 +81,7 @@ def word_columns(units: Sequence[Mapping[str, Any]]) -> list[Column]:
     return [
         Column(title="tokenizer", meaning="", cells=tuple(str(u["tokenizer"]) for u in units)),
         column(
-            "noise",
+            "WER",
             f"token error rate, per cent, under input noise of {' / '.join(f'{s:g}' for s in sigma)}",
             lambda f: " / ".join(number(100 * rate) for rate in f["noise"]["error_rate"]),
         ),
