@@ -62,6 +62,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "masking-actions": {"masking_target": "actions"},
     "plain-rvq": NONE,
 }
+# Variants of the codec instead, with all objectives.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {"relative-frames": {"frame": "relative"}}
 X, FASTERVQ = "xtokenizer-tiny", "fastervq-tiny"
 # As many tokens and bits a chunk of 20 steps as xtokenizer-tiny: 4 levels x 5 latents of 512 codes.
 MATCHED = {"latent_parts": 5, "block": 5, "quantizer": {"levels": 4, "codes": 512}}
@@ -158,11 +160,12 @@ class SemanticJob(Job):
 
 
 def _ablation(variant: str, seed: int) -> SemanticJob:
-    align = VARIANTS[variant]
+    align = VARIANTS.get(variant, {})
     return SemanticJob(
         name=f"{variant}-{seed}",
         preset=X,
         part="ablation",
+        settings=SETTINGS.get(variant, {}),
         only=(METAWORLD,),
         training={"seed": seed},
         steps=ABLATION_STEPS,
@@ -197,13 +200,13 @@ SEMANTIC_JOBS: Mapping[str, SemanticJob] = {
         _union("union-plain-rvq", features=False, align=NONE),
         _union("union-fastervq", preset=FASTERVQ, settings=MATCHED, features=False),
         *(_union(f"without-{name}", part="left_out", without=(name,)) for name in LEFT_OUT),
-        *(_ablation(variant, seed) for seed in SEEDS for variant in VARIANTS),
+        *(_ablation(variant, seed) for seed in SEEDS for variant in (*VARIANTS, *SETTINGS)),
         *(_fastervq("fastervq", seed, features=False) for seed in SEEDS),
         *(_fastervq("fastervq-aligned", seed, features=True) for seed in SEEDS),
         *(_union(f"alone-{name}", part="alone", only=(name,), steps=ALONE_STEPS) for name in UNION),
     )
 }
-ABLATION = (*VARIANTS, "fastervq", "fastervq-aligned")
+ABLATION = (*VARIANTS, *SETTINGS, "fastervq", "fastervq-aligned")
 
 
 # -- data and features ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ MEANING = {
     "no-prediction": "without next-frame prediction",
     "masking-actions": "masked modelling of the actions instead of the codes (the project page's variant)",
     "plain-rvq": "the same network, no objective: plain residual VQ",
+    "relative-frames": "all objectives; commands summed up from the chunk's start, as in the paper, instead of step by step",
     "fastervq": "fastervq-tiny at as many tokens and bits",
     "fastervq-aligned": "the same, trained with all objectives",
 }
@@ -145,7 +146,7 @@ def ablation_page(body: Mapping[str, Any]) -> str:
         conditions(body["conditions"]),
         "",
         f"All variants on {METAWORLD} (50 tasks), {ABLATION_STEPS} steps of gradient descent each, chunks of 20 steps,"
-        f" judged on held-out episodes: mean over {len(SEEDS)} seeds of training (smallest to largest). Columns:"
+        f" judged on held-out episodes: mean over up to {len(SEEDS)} seeds of training (smallest to largest). Columns:"
         " [semantics](../../semantics.md), [metrics](../../metrics.md). [Every figure, seed by seed](ablation.json).",
         "",
         *(f"* `{name}`: {MEANING[name]}" for name in body["variants"]),
