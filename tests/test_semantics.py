@@ -132,6 +132,30 @@ def test_what_an_episode_repeats_is_no_information_about_its_label():
     assert abs(by_episode.excess) < 3 * by_episode.chance_sd
 
 
+def test_phases_in_the_same_order_in_every_episode_are_information():
+    """At the same place of another episode the label is the same, which says nothing against the codes."""
+    episode, phase = np.repeat(np.arange(41), 29), np.tile(np.arange(29) // 10, 41)
+    assert label_information(codes(phase[:, None], 3), phase, episode).share > 0.95
+    one = episode == 0
+    assert label_information(codes(phase[one, None], 3), phase[one], episode[one]).excess > 0.5
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_nothing_is_said_by_codes_of_episodes_of_unequal_lengths_that_know_no_label(changing):
+    """Within an episode codes repeat, and labels stay or come in a fixed order."""
+    found = []
+    for seed in range(23):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(5, 47, 41)
+        episode = np.repeat(np.arange(41), lengths)
+        label = rng.integers(0, 3, 41)[episode]
+        if changing:
+            label = np.concatenate([np.sort(rng.integers(0, 3, n)) for n in lengths])
+        symbol = rng.integers(0, 11, 41)[episode]
+        found.append(label_information(codes(symbol[:, None], 11), label, episode, repeats=7, seed=seed).excess)
+    assert abs(np.mean(found)) < 0.015 + 2 * np.std(found) / np.sqrt(23)
+
+
 def test_information_needs_two_labels():
     with pytest.raises(DataError, match="1 labels say nothing"):
         label_information(codes(np.zeros((5, 1), int), 3), np.zeros(5, int), np.arange(5))

@@ -173,7 +173,7 @@ def ablation_page(body: Mapping[str, Any]) -> str:
         "## What the first level says",
         "",
         "Accuracy of a linear probe on the level-0 codes of chunks of held-out episodes; information between a level-0"
-        " code and a label, in bits, less its value under permuted labels.",
+        " code and a label, in bits, less its value under the labels of other episodes.",
         "",
         *_table(
             body,

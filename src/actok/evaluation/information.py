@@ -23,8 +23,8 @@ class Information:
     Attributes:
         pairs: N, the chunks, one (symbol, label) pair each.
         bits: plug-in estimate of I(symbol; label), mean over draws; too high at finite N.
-        chance: the same under permuted labels, mean over permutations.
-        chance_sd: standard deviation over the permutations.
+        chance: the same under labels of other episodes, mean over draws.
+        chance_sd: standard deviation over them.
         excess: bits - chance.
         entropy: H(label) in bits.
         share: excess / entropy.
@@ -51,9 +51,11 @@ def label_information(
 
     One symbol a chunk makes N the same for tokenizers of 1 and of 60 tokens; the draw is repeated and the results are
     averaged. The plug-in estimate grows with the number of symbols and shrinks with N, so the value under permuted
-    labels is subtracted. Chunks of one episode resemble each other and share their label, so whole episodes change
-    places: their label sequences are put one after another in a random order. (Permuting single chunks would call it
-    information that an episode's codes repeat within the episode.) Chunks without a symbol are left out.
+    labels is subtracted. Chunks of one episode resemble each other, so each episode gets the labels of another one.
+    (Permuting single chunks would call it information that an episode's codes repeat within the episode.) They are
+    stretched to its length, and begin at a random place, going on from the start where they end: episodes go through
+    their phases in the same order, so at the same place of another episode a label would still be right. Chunks without
+    a symbol are left out.
 
     Raises DataError where fewer than two chunks or one label are left.
     """
@@ -65,13 +67,16 @@ def label_information(
             f"{len(order)} chunks of {len(np.unique(label))} labels say nothing of information; give two of each"
         )
     starts, lengths = codes.offsets[:-1][order], codes.lengths[order]
-    runs = np.split(label, np.flatnonzero(np.diff(episode[order])) + 1)
+    _, first, counts = np.unique(episode[order], return_index=True, return_counts=True)
+    place = (np.arange(len(order)) - np.repeat(first, counts)) / np.repeat(counts, counts)  # in 0..1 of the episode
     rng = np.random.default_rng(seed)
     found, chance = np.zeros(repeats), np.zeros(repeats)
     for r in range(repeats):
         symbols = codes.symbols[starts + rng.integers(0, lengths)]
         found[r] = _information(symbols, label)
-        chance[r] = _information(symbols, np.concatenate([runs[i] for i in rng.permutation(len(runs))]))
+        giver = np.repeat(rng.permutation(len(counts)), counts)
+        turned = (place + np.repeat(rng.random(len(counts)), counts)) % 1
+        chance[r] = _information(symbols, label[first[giver] + (turned * counts[giver]).astype(np.int64)])
     bits, by_chance, whole = float(found.mean()), float(chance.mean()), entropy(label)
     return Information(
         pairs=len(order),
