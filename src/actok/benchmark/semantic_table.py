@@ -35,7 +35,7 @@ def semantic_tables(results: Mapping[str, Any], dataset: str, units: Sequence[Ma
 def level_columns(facts: Mapping[str, Any], units: Sequence[Mapping[str, Any]]) -> list[Column]:
     """A row a level, "all" for whole sequences; after the tokenizers the probes on the chunks themselves and no probe."""
     rows = [(u["tokenizer"], level) for u in units for level in u["semantics"]["figures"]["levels"]]
-    probes = next((level["probes"] for _, level in rows if level["probes"]), {})
+    probes: Mapping[str, Any] = next((level["probes"] for _, level in rows if level["probes"]), {})
     ends = [("actions", facts["raw"]), ("majority", {n: {"accuracy": p["majority"]} for n, p in probes.items()})]
 
     def column(title: str, meaning: str, cell: Callable[[Mapping[str, Any]], str]) -> Column:

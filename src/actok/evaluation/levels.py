@@ -92,12 +92,11 @@ def split_levels(tokens: Tokens, layout: TokenLayout) -> tuple[LevelCodes, ...]:
         np.maximum.at(sizes, kind[where], layout.vocab[where])
         start = np.cumsum(sizes) - sizes
         kept = where[position]
-        counts = np.add.reduceat(np.append(kept, False).astype(np.int64), offsets[:-1]) if len(offsets) > 1 else []
-        counts = np.where(np.diff(offsets) > 0, counts, 0)
+        before = np.concatenate([[0], np.cumsum(kept)])
         return LevelCodes(
             level=level,
             symbols=(flat + start[kind[position]])[kept],
-            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            offsets=before[offsets].astype(np.int64),
             size=int(sizes.sum()),
         )
 

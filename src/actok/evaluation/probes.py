@@ -82,12 +82,12 @@ def linear_probe(
     held = np.isin(train_episode, episodes[: len(episodes) // CHOOSING])
     penalty, weights = PENALTIES[1], None
     if held.any() and len(np.unique(y[~held])) > 1:
-        scores, fits = [], [None]
+        best, found = -1.0, None
         for value in PENALTIES:  # from strong to weak, each from where the one before ended
-            fits.append(_fit(x[~held], y[~held], len(classes), value, fits[-1]))
-            scores.append(float((_scores(x[held], fits[-1]).argmax(1) == y[held]).mean()))
-        best = int(np.argmax(scores))
-        penalty, weights = PENALTIES[best], fits[best + 1]
+            found = _fit(x[~held], y[~held], len(classes), value, found)
+            score = float((_scores(x[held], found).argmax(1) == y[held]).mean())
+            if score > best:
+                best, penalty, weights = score, value, found
     named = classes[_scores(x_test, _fit(x, y, len(classes), penalty, weights)).argmax(1)]
     right = named == test_label
     present = np.unique(test_label)
@@ -146,7 +146,7 @@ def _minimise(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np.
             step, change, rho = pairs[-1]
             direction *= 1 / (rho * np.vdot(change, change))
         else:
-            direction *= 1 / max(np.linalg.norm(gradient), 1e-12)
+            direction *= 1 / max(float(np.linalg.norm(gradient)), 1e-12)
         for (step, change, rho), factor in zip(pairs, reversed(passed), strict=True):
             direction += (factor - rho * np.vdot(change, direction)) * step
         slope = float(np.vdot(gradient, direction))
