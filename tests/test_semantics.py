@@ -355,7 +355,7 @@ def test_every_figure_of_a_tokenizer_of_fixed_length(data):
     assert level.level == 0
     assert level.probes["task"].accuracy == level.probes["phase"].accuracy == 1
     assert set(level.missing) == {"verb"}
-    assert level.information["task"].excess > 5 * level.information["task"].chance_sd
+    assert level.information["task"].excess > 3 * level.information["task"].chance_sd  # of nine episodes
     assert found.retrieval.chunk_to_text.recall1 == 1
     (one,) = found.substitution  # no states are known
     assert one.own > 0.95 > 0.3 > one.other
