@@ -166,14 +166,14 @@ def test_missing_and_stale_features_name_the_command(tmp_path):
         match=rf"no features of dataset 'd': {folder} does not exist.*actok features --data d --teacher HUB_ID_OR_FOLDER --out {folder}$",
     ):
         FeatureStore.open(folder, "d", PRINT)
-    arguments = {"data": "my data", "teacher": "/models/x", "views": "a,b", "stride": 5, "rate": None, "layer": None}
+    arguments = {"data": "my data", "teacher": "/models/x", "views": "a,b", "stride": 5, "rate": None, "space": "arm"}
     write(tmp_path, "d", np.zeros(50, int), np.ones((1, F)), arguments=arguments)
     with pytest.raises(
         DataError, match=r"holds features of d; .*--data other --teacher /models/x --views a,b --stride 5 --out"
     ):
         FeatureStore.open(folder, "other", "files=z;rate=own")
     with pytest.raises(
-        DataError, match=r"of other data: files and texts differ; .*--data 'my data' --teacher /models/x"
+        DataError, match=r"of other data: files and texts differ; .*--data 'my data' --teacher /models/x .*--space arm "
     ):
         FeatureStore.open(folder, "d", PRINT.replace("=a", "=A").replace("=c", "=C"))
     with pytest.raises(DataError, match=r"rate \(own, now 80to20\) differ; .*--data elsewhere .*--rate 20 "):

@@ -292,7 +292,8 @@ def _missing(folder: Path, dataset: str, fingerprint: str, data: str | None) -> 
             else ("holds no features" if folder.is_dir() else "does not exist")
         )
         example = dict(next(iter(stored.values()), {}))
-        example["arguments"] = {**example.get("arguments", {}), "data": None, "rate": _rate(fingerprint)}
+        own = {"data": None, "space": None, "rate": _rate(fingerprint)}  # the teacher is asked as for the others
+        example["arguments"] = {**example.get("arguments", {}), **own}
         return (
             f"there are no features of dataset {dataset!r}: {folder} {what}; extract them once with:"
             f" {_command(folder, example, data or dataset)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,10 @@ def open_features(folder: str | Path, dataset: EpisodeDataset, rate_hz: float | 
     from actok.alignment.store import FeatureStore
     from actok.training.features import fingerprint
 
-    return FeatureStore.open(folder, dataset.name, fingerprint(dataset, rate_hz))
+    place = None
+    if dataset.source_files and dataset.selection is None:
+        place = os.path.commonpath([os.path.abspath(path) for path in dataset.source_files])
+    return FeatureStore.open(folder, dataset.name, fingerprint(dataset, rate_hz), data=place)
 
 
 def same_teacher(stores: Sequence[FeatureStore]) -> None:
