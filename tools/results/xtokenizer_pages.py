@@ -56,6 +56,7 @@ def write_semantic_pages(work: Workshop, chosen: Mapping[str, SemanticJob] = SEM
         "variants": {v: rows_by_seed(v, units) for v in ABLATION},
         "references": {name: rows_by_seed(name, units) for name in REFERENCES},
         "labels": None if labels is None else {k: v for k, v in labels.items() if k != "names"},
+        "tasks": len(((labels or {}).get("names") or {}).get("task", ())) or None,
         "published": PUBLISHED,
     }
     write("ablation", ablation_page(ablation), ablation)
@@ -125,6 +126,12 @@ def _facts(work: Workshop, name: str) -> dict[str, Any]:
     return {"spec": kept_specification(work.folder(name)), "training": config["meta"]["training"]}
 
 
+def _images(work: Workshop) -> str:
+    """Which images the teacher was shown, as the features say."""
+    views = {view for path in work.features.glob("[!.]*/meta.json") for view in _load(path)["views"]}
+    return f"images ({', '.join(sorted(views))})" if views else "no image"
+
+
 def training_page(jobs: Mapping[str, Mapping[str, Any]]) -> str:
     """How each tokenizer was trained."""
     lines = [
@@ -160,9 +167,9 @@ def index_page(
         trial,
         conditions(first["provenance"] if first else None),
         "",
-        f"The teacher is `{work.teacher_identity['name']}`; each frame's text is its instruction and current step, no image. Tokenizers are tiny"
-        " and trained for minutes on one thread of a CPU, so this compares objectives, and says nothing of what long"
-        " training of the published size gives.",
+        f"The teacher is `{work.teacher_identity['name']}`, shown each frame's instruction and current step and {_images(work)}."
+        " Tokenizers are tiny and trained for minutes on one thread of a CPU, so this compares objectives, and says nothing of"
+        " what long training of the published size gives.",
         "",
         "* [Ablation](ablation.md): every objective left out in turn, plain residual VQ, FASTerVQ with and without",
         "* [Many arms](arms.md): one frozen tokenizer for all robots, robots left out, codes that arms share",

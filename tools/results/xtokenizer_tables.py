@@ -139,13 +139,14 @@ def _table(body: Mapping[str, Any], columns: Sequence[Column], *, published: boo
 
 def ablation_page(body: Mapping[str, Any]) -> str:
     """Every variant with the same columns."""
+    tasks = "" if body["tasks"] is None else f" ({body['tasks']} tasks)"
     noise: list[Column] = [(f"noise {s}", f"noise_{s}", _plain) for s in ("0.004", "0.006", "0.008")]
     lines = [
         "# Which objective makes the codes semantic?",
         "",
         conditions(body["conditions"]),
         "",
-        f"All variants on {METAWORLD} (50 tasks), {ABLATION_STEPS} steps of gradient descent each, chunks of 20 steps,"
+        f"All variants on {METAWORLD}{tasks}, {ABLATION_STEPS} steps of gradient descent each, chunks of 20 steps,"
         f" judged on held-out episodes: mean over up to {len(SEEDS)} seeds of training (smallest to largest). Columns:"
         " [semantics](../../semantics.md), [metrics](../../metrics.md). [Every figure, seed by seed](ablation.json).",
         "",
