@@ -8,7 +8,7 @@ import pytest
 from actok.core import ConfigError, DataError
 from actok.data import Episode, FrameCache, open_dataset, write_lerobot
 from actok.data.fingerprint import fingerprint
-from actok.data.instructions import chunk_labels, frame_texts, verb_of
+from actok.data.instructions import _phase, chunk_labels, frame_texts, verb_of
 from realdata import REAL, needs_real
 
 D = 3
@@ -101,6 +101,8 @@ def test_labels_of_frames_are_those_of_their_episodes():
     assert labels.offsets.tolist() == [0, 7, 18, 23]
     assert labels.verb.names == ("open", "close")
     assert labels.task.names == ("door-v1", "open the door")
+    assert _phase("Open the door", "open the door, phase 2 of 4") == "phase 2"  # of how many tells the task
+    assert _phase("", "phase 3 of 4, left arm") == "phase 3 of 4, left arm"
     assert set(labels.phase.names) == {"reach", "grasp", "slowly", "open the door slowly"}
     for e, found in enumerate(dataset):
         rows = slice(labels.offsets[e], labels.offsets[e + 1])

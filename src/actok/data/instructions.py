@@ -13,6 +13,7 @@ from actok.data.episodes import Episode, EpisodeDataset
 from actok.data.resample import states_at
 
 # How a sub-task is put after the instruction, unless its own words repeat the instruction.
+_NUMBERED = re.compile(r"^(phase \d+) of \d+$")
 PROMPT = "{instruction}. Current step: {subtask}."
 # Words before the verb of an instruction.
 POLITE = frozenset(["please"])
@@ -42,7 +43,7 @@ class FrameLabels:
         task: the task key, where there is none the instruction.
         instruction: the instruction, where there is none the task key.
         subtask: the sub-task in full ("open the drawer, phase 1 of 3").
-        phase: the sub-task without the words of the instruction ("phase 1 of 3", "grasp"), so that tasks share phases.
+        phase: the sub-task without the words of the instruction ("phase 1", "grasp"), so that tasks share phases.
         verb: first word of the instruction.
     """
 
@@ -142,7 +143,8 @@ def _prompt(instruction: str, subtask: str) -> str:
 
 
 def _phase(instruction: str, subtask: str) -> str:
-    """A sub-task without the instruction that it begins with; in full where nothing else is left."""
+    """A sub-task without the instruction that it begins with, in full where nothing else is left; of one that is only
+    numbered its number alone, since how many there are tells the task."""
     if instruction and subtask.lower().startswith(instruction.lower()):
-        return subtask[len(instruction) :].strip(" ,.:;-") or subtask
-    return subtask
+        subtask = subtask[len(instruction) :].strip(" ,.:;-") or subtask
+    return _NUMBERED.sub(r"\1", subtask)
