@@ -16,6 +16,7 @@ from actok.signal.rotations import (
     degenerate,
     from_matrix,
     geodesic_distance,
+    nearest_angles,
     rotation_distance,
     to_matrix,
 )
@@ -244,3 +245,22 @@ def test_bad_input_is_named():
         from_matrix(np.zeros((3, 2)), "axis_angle")
     with pytest.raises(ConfigError, match="'rot6d' is not a quaternion format"):
         canonical_quaternion(np.zeros(4), "rot6d")
+
+
+@pytest.mark.parametrize("rotation", ["axis_angle", "euler_xyz", "euler_zyx"])
+@pytest.mark.parametrize("turn", [2 * np.pi, 360.0])
+def test_whole_turns_bring_angles_near_a_centre(rotation, turn):
+    """Whatever range they were recorded in comes back from the canonical one, and what is canonical stays bit by bit."""
+    unit = 2 * np.pi / turn
+    centre = np.array([3.3, 0.2, -0.1]) / unit
+    values = centre + np.random.default_rng(0).uniform(-0.4, 0.4, (5, 7, 3)) / unit
+    canonical = from_matrix(to_matrix(values * unit, rotation), rotation) / unit
+    assert np.abs(canonical - values).max() > 0.9 * turn
+    np.testing.assert_allclose(nearest_angles(canonical, rotation, centre, turn), values, atol=1e-11 / unit)
+    np.testing.assert_array_equal(nearest_angles(canonical, rotation, np.zeros(3), turn), canonical)
+    assert not nearest_angles(np.zeros((1, 3)), rotation, np.zeros(3), turn).any()
+
+
+def test_formats_without_angles_have_no_turns():
+    with pytest.raises(ConfigError, match="has no angles to add whole turns to"):
+        nearest_angles(np.zeros((2, 3)), "quaternion_xyzw", np.zeros(3))

@@ -167,6 +167,27 @@ def test_absolute_poses_come_back_about_the_anchor():
         prepared(part("droid_ee", 16))
 
 
+def test_the_way_back_is_exact_whatever_is_masked_padded_or_beyond_half_a_turn(monkeypatch):
+    """With codes that hold everything: windows, absent dimensions, padding, and a roll recorded as 2.9 to 3.5 rad."""
+    rng = np.random.default_rng(0)
+    actions, anchor = rng.uniform(-0.3, 0.3, (37, 16, 7)), rng.uniform(-0.3, 0.3, (37, 7)).astype(np.float32)
+    actions[:, :, 3], anchor[:, 3] = rng.uniform(2.9, 3.5, (37, 16)), 3.0
+    actions = actions.astype(np.float32)
+    tok = prepared(FitPart(actions=actions, space=find_space("droid_ee"), anchor=anchor))
+    held, tokenize = [], tok.codec.tokenize
+    monkeypatch.setattr(tok.codec, "tokenize", lambda batch: (held.append(batch.actions), tokenize(batch))[1])
+    monkeypatch.setattr(tok.codec, "detokenize", lambda ids, batch: held.pop(0) * batch.present[:, None])
+    long = np.concatenate([actions, actions[:, :7]], 1)  # two windows
+    present, pad = np.ones((37, 7), bool), np.zeros((37, 23), bool)
+    present[:11, 3:6] = present[5:17, 6] = present[3:7, 0] = False
+    pad[:, 19:] = True
+    decoded = tok.decode(tok.encode(long, ChunkContext(anchor=anchor, dof_mask=present, pad_mask=pad)))
+    assert not held
+    assert not decoded.clipped.any()
+    wanted = np.where(present[:, None], long, 0)
+    np.testing.assert_allclose(decoded.actions[:, :19], wanted[:, :19], atol=1e-5)
+
+
 def test_ranges_are_the_quantiles_of_the_shared_channels(tokenizer):
     data = part("libero_franka", anchor=P)
     shared = tokenizer._shared["libero_franka"]

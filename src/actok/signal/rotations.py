@@ -39,6 +39,7 @@ __all__ = [
     "degenerate",
     "from_matrix",
     "geodesic_distance",
+    "nearest_angles",
     "proper",
     "rotation_distance",
     "to_matrix",
@@ -173,6 +174,23 @@ def proper(values: Any, rotation: str) -> Float[np.ndarray, "... n"]:
     else:
         result = v / np.where(lost, 1.0, np.linalg.norm(v, axis=-1, keepdims=True))
     return np.where(lost, v, result).astype(array.dtype, copy=False)
+
+
+def nearest_angles(
+    values: Float[np.ndarray, "*batch 3"], rotation: str, centre: Float[np.ndarray, "3"], turn: float = 2 * np.pi
+) -> Float[np.ndarray, "*batch 3"]:
+    """The same rotations [..., 3] of an angle format, with whole turns added so that they lie near `centre`.
+
+    Each Euler angle by itself; a rotation vector along its axis. What is nearest already comes back bit by bit. `turn`: a
+    whole turn in the values' unit. Raises ConfigError for a format without angles.
+    """
+    if rotation.startswith("euler"):
+        return values + turn * np.round((centre - values) / turn)
+    if rotation != "axis_angle":
+        raise ConfigError(f"{rotation!r} has no angles to add whole turns to; use axis_angle, euler_xyz or euler_zyx")
+    angle = np.linalg.norm(values, axis=-1, keepdims=True)
+    axis = np.divide(values, angle, out=np.zeros_like(values), where=angle > 0)
+    return values + axis * (turn * np.round(((axis * centre).sum(-1, keepdims=True) - angle) / turn))
 
 
 # -- the maths, float64 -----------------------------------------------------------------------------------------------

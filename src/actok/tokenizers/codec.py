@@ -79,7 +79,7 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B S C"], batch: CodecBatch) -> Float[Tensor, "B T D"]:
-        """Normalised actions from (quantised) latents. Of `batch` only present, embodiment and structure are read."""
+        """Normalised actions from (quantised) latents. Of `batch`, `real` and the values of `actions` are not read."""
 
     def reconstruction_losses(self, batch: CodecBatch, reconstruction: Float[Tensor, "B T D"]) -> dict[str, Tensor]:
         """Weighted losses by name; mean absolute error over real steps and present channels unless overridden."""

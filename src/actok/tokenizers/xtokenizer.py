@@ -560,7 +560,7 @@ class XTokenizer(NeuralTokenizer):
                     channels = self.codec.detokenize(
                         some[:, first:last].to(self._device), _at(blank, span).to(self._device)
                     )
-                    raw = shared.back(channels.float().cpu().numpy(), start)
+                    raw = shared.back(channels.float().cpu().numpy(), start, embodiment.normaliser.centre)
                     result[cut, span] = embodiment.normaliser(raw)
         return np.where(embodiment.normaliser.constant, np.float32(0), result)  # what never changed stays exact
 

@@ -36,6 +36,7 @@ from jaxtyping import Bool, Float
 from actok.core import ActionGroup, ActionSpace, DataError, SpaceMismatchError
 from actok.core.registry import CONFIGS, read_toml
 from actok.signal.conversions import ANGLES, Frame, convert, convert_rotations, with_frame, with_rotation
+from actok.signal.rotations import nearest_angles
 
 LayoutName = Literal["26", "wide"]
 FrameName = Literal["relative", "step"]
@@ -174,15 +175,25 @@ class UnionMap:
         return result
 
     def back(
-        self, union: Float[np.ndarray, "B T U"], anchor: Float[np.ndarray, "B P"] | None = None
+        self,
+        union: Float[np.ndarray, "B T U"],
+        anchor: Float[np.ndarray, "B P"] | None = None,
+        centre: Float[np.ndarray, "D"] | None = None,
     ) -> Float[np.ndarray, "B T D"]:
-        """Inverse of `there` with the same anchor."""
+        """Inverse of `there` with the same anchor.
+
+        Angles of rotations come back as the equivalent ones nearest to `centre`, raw; None: in their canonical range. A
+        robot whose roll is recorded as 3.0 to 3.3 is not to be sent -3.1, which its limits would then cut.
+        """
         start = self._start(anchor)
         result = np.zeros((*union.shape[:2], self.space.dim))
         for p in self.placements:
             own = list(p.own)
             first = start[:, own] if start is not None and p.needs_anchor else None
-            result[:, :, own] = p.back(union[:, :, list(p.channels)].astype(np.float64), first)
+            values = p.back(union[:, :, list(p.channels)].astype(np.float64), first)
+            if centre is not None and p.frame is not None and p.group.rotation in ANGLES:
+                values = nearest_angles(values, p.group.rotation, centre[own], 2 * np.pi / (p.group.scale or 1.0))
+            result[:, :, own] = values
         return result
 
     def present(self, dof_mask: Bool[np.ndarray, "B D"] | None, count: int) -> Bool[np.ndarray, "B U"]:

@@ -67,13 +67,16 @@ class Shared:
         return result
 
     def back(
-        self, channels: Float[np.ndarray, "B T U"], anchor: Float[np.ndarray, "B P"] | None
+        self,
+        channels: Float[np.ndarray, "B T U"],
+        anchor: Float[np.ndarray, "B P"] | None,
+        centre: Float[np.ndarray, "D"] | None = None,
     ) -> Float[np.ndarray, "B T D"]:
-        """Inverse of `there`, float64. What never changed in training comes back as it was."""
+        """Inverse of `there`, float64. What never changed in training comes back as it was; `centre`: see UnionMap."""
         union = np.zeros(channels.shape)
         own = np.where(self.ranges.constant, 0.0, channels[:, :, self.union.channels].astype(np.float64))
         union[:, :, self.union.channels] = self.ranges.inverse(own)
-        return self.union.back(union, anchor)
+        return self.union.back(union, anchor, centre)
 
     def state(
         self, anchor: Float[np.ndarray, "B P"] | None, count: int, width: int
