@@ -406,6 +406,7 @@ def test_a_mixture_of_widths_is_trained_in_its_ratios_and_serves_each(tmp_path):
 LONG = {
     "steps": 22,
     "quantise_after": 5,
+    "anneal_codebooks": True,
     "eval_every": 4,
     "checkpoint_every": 6,
     "log_every": 4,

@@ -186,9 +186,7 @@ class Trainer:
                 quantizer.bypassed = step < self.config.unquantised
             if step == self.config.unquantised:
                 self._start_codebooks(step)
-        if self.config.anneal_codebooks and step >= self.config.warmup:
-            for codebook in self.codebooks:
-                codebook.pace.fill_(self.config.learning_rate_at(step) / self.config.learning_rate)
+        self._anneal(step)
         if self.heads is not None:
             self.heads.masking_on = step >= self.masking_from
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -204,6 +202,12 @@ class Trainer:
             decay = min(self.config.weight_ema, (1 + step) / (10 + step))  # so that the initial weights are forgotten
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.names.values()], 1 - decay)
         self.report.step(output, norm)
+
+    def _anneal(self, step: int) -> None:
+        """Give the codebooks the pace of a step, where they slow down at all."""
+        if self.config.anneal_codebooks and step >= self.config.warmup:
+            for codebook in self.codebooks:
+                codebook.pace.fill_(self.config.learning_rate_at(step) / self.config.learning_rate)
 
     @torch.no_grad()
     def _start_codebooks(self, step: int) -> None:
@@ -309,6 +313,7 @@ class Trainer:
             self.optimizer.state[names[name]][entry] = value.to(device)
         self.best, self.best_state = facts["best"], dict(tensors["best"]) or None
         self.health.restore(facts["health"])
+        self._anneal(checkpoint.step - 1)  # the pace is in no file, and codebooks that start now do so at the last one
         self.done, self.seconds, self.waited = checkpoint.step, facts["seconds"], facts["waited"]
 
     def _summary(self) -> dict[str, Any]:

@@ -183,6 +183,11 @@ def fit(
     _check_options(name, target.learned, tolerance, training, run, resume)
     if not target.learned and (alignment or features is not None):
         raise ConfigError(f"{name} is fitted in closed form and has no objectives; leave out features and alignment")
+    if target.learned and not trained and (alignment or features is not None):
+        raise ConfigError(
+            f"the search for a tolerance trains {name} on chunks in memory, which have no features, and on its own"
+            " objectives; leave out features and alignment"
+        )
     if max_chunks is not None and max_chunks < 1:
         raise ConfigError(f"max_chunks is {max_chunks}; give at least 1")
     if target.learned:

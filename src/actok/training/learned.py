@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from actok.alignment.store import short_hash
 from actok.core import ActionTokenizer, FitPart
 from actok.training.config import FINISH_CHUNKS, TrainConfig
 from actok.training.engine import Trained, Trainer
@@ -170,8 +171,12 @@ def _identity(
     shares = ratios if isinstance(ratios, str) else list(ratios)
     found = {"tokenizer": name, "settings": settings, "training": asdict(training), "ratios": shares, "data": data}
     if alignment is not None:
-        teachers = [None if m.features is None else dict(m.features.teacher) for m in materials]
-        found["alignment"] = {**asdict(alignment), "teachers": teachers}
+        stores = [m.features for m in materials if m.features is not None]
+        found["alignment"] = {
+            **asdict(alignment),
+            "teachers": [dict(s.teacher) for s in stores],
+            "features": [short_hash(s.meta["files"]) for s in stores],  # other views, stride or words: other features
+        }
     return found
 
 
