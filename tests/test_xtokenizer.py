@@ -125,6 +125,12 @@ def test_the_state_is_read_and_may_be_missing(tokenizer):
     assert np.isfinite(without).all()
     assert np.abs(one - without).max() > 1e-3
     assert np.abs(one - other).max() > 1e-3
+    # A number that lies anywhere is one that lies far away, not one that drowns the others.
+    far, farther = (np.where(np.arange(P) == 3, value, state) for value in (1e4, 1e8))
+    np.testing.assert_array_equal(
+        tokenizer.decode(ids, ChunkContext(anchor=far)).actions,
+        tokenizer.decode(ids, ChunkContext(anchor=farther)).actions,
+    )
     with pytest.raises(DataError, match=f"anchor has 4 numbers, embodiment 'libero_franka' was trained with {P}"):
         tokenizer.decode(ids, ChunkContext(anchor=state[:, :4]))
     with pytest.raises(DataError, match=r"give the proprioception at the chunks' starts, floats \[5, P\]"):

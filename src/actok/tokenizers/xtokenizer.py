@@ -22,7 +22,7 @@ Deviations and our choices, where nothing is stated:
 * A latent query starts from its own four frames and a frame's query from the latent of its slot, by linear maps beside the
   learned queries, which learns sooner than attention alone.
 * Queries and keys are normalised; norms are RMSNorm. Encoder and decoder are told which channels are present.
-* The state is the whole proprioception, normalised by its mean and standard deviation and zero-padded to the longest of the
+* The state is the whole proprioception, normalised by its mean and standard deviation, at most 5 of them, and zero-padded to the longest of the
   training embodiments. Later windows of a long chunk have the state "none": nobody knows it when decoding.
 * The three dropouts exclude each other: 0.5 of the training chunks keep both.
 * A dead code is one below a share of the mean use (see `actok.quantizers.codebook`), not below a count of 2.

@@ -19,6 +19,8 @@ from actok.tokenizers.xtokenizer_layout import FrameName, LayoutName, Placement,
 KIND: NormaliserKind = "quantile_wide"
 # Chunks that are converted at once.
 ROWS = 4096
+# Standard deviations of the proprioception, see `Shared.state`.
+FARTHEST = 5.0
 
 __all__ = ["Shared", "estimate", "measure"]
 
@@ -83,6 +85,9 @@ class Shared:
     ) -> tuple[Float[np.ndarray, "B W"], Bool[np.ndarray, "B"]]:
         """Normalised proprioception, zero-padded to `width` numbers, and whether it is known.
 
+        Beyond `FARTHEST` standard deviations a number says no more: one that hardly moved in training may be anywhere
+        later, and would drown everything else that encoder and decoder read.
+
         Raises DataError where it has another length than in training.
         """
         state, known = np.zeros((count, width), np.float32), np.zeros(count, bool)
@@ -93,7 +98,7 @@ class Shared:
                 f"anchor has {anchor.shape[1]} numbers, embodiment {self.union.space.embodiment!r} was trained with"
                 f" {len(self.mean)}; give that proprioception, or none"
             )
-        state[:, : len(self.mean)] = (anchor - self.mean) / self.std
+        state[:, : len(self.mean)] = np.clip((anchor - self.mean) / self.std, -FARTHEST, FARTHEST)
         known[:] = True
         return state, known
 
