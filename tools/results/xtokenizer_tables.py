@@ -262,8 +262,8 @@ def arms_page(arms: Mapping[str, Any] | None, shared: Mapping[str, Any] | None) 
         f" end-effector paths, relative to their starts, stay within {1000 * CRITERION.position_m:g} mm and"
         f" {CRITERION.rotation_rad:g} rad of each other on average; chunks that move less than"
         f" {1000 * CRITERION.least_m:g} mm are left out. Each held-out chunk of the first arm is paired with the nearest one"
-        " of the second. Shares are of equal level-0 codes, slot by slot, state and embodiment given. chance: the same"
-        " chunks against all chunks of other phases. same arm: pairs of two episodes of one arm, the most that can be"
+        " of the second, of all its episodes. Shares are of equal level-0 codes, slot by slot, state and embodiment given. chance: the same"
+        " chunks against all chunks of other phases (so what exceeds it is the phase and the path together). same arm: pairs of two episodes of one arm, the most that can be"
         " expected (their paths are nearer, see mm). Brackets: 95 % intervals over episodes of both arms.",
         "",
         *(_shared_table(shared) if shared and shared["results"] else ["Nothing is measured yet."]),
