@@ -140,6 +140,14 @@ def test_a_row_is_stored_once_in_the_order_of_frames_whatever_the_parts(tmp_path
     assert first == sorted(first)
 
 
+def test_parts_that_are_not_of_this_dataset_are_not_merged(tmp_path):
+    features = np.random.default_rng(0).normal(size=(U, F))
+    frames = sum(LENGTHS)
+    with pytest.raises(DataError, match=rf"hold {frames - 1} frames, the dataset {frames}; delete that folder"):
+        write(tmp_path, "few", np.zeros(frames - 1, np.int64), features)
+    assert not (tmp_path / "store" / "few").exists()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 65536.0, -1e9])
 def test_a_feature_that_float16_cannot_hold_names_teacher_and_frame(bad):
     values = np.ones((3, F), np.float32)

@@ -61,7 +61,7 @@ def merge_parts(
         meta: what meta.json says beside what is counted here.
         frames: from the row of every item, int32, to that of every frame; None: items are frames.
 
-    Raises DataError naming a part that is damaged.
+    Raises DataError naming a part that is damaged, or where the frames are not as many as the dataset's.
     """
     digests: list[np.ndarray] = []
     index: list[np.ndarray] = []
@@ -79,6 +79,11 @@ def merge_parts(
     kept, place = _in_order(everything)
     rows_of_items = place[np.concatenate(index)].astype(np.int32)
     rows_of_frames = rows_of_items if frames is None else frames(rows_of_items)
+    if len(rows_of_frames) != sum(meta["lengths"]):
+        raise DataError(
+            f"the parts in {parts[0].parent} hold {len(rows_of_frames)} frames, the dataset {sum(meta['lengths'])}; delete that"
+            " folder and extract again"
+        )
 
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
