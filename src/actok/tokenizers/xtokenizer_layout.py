@@ -222,14 +222,15 @@ class UnionMap:
             return None
         names = ", ".join(p.group.name for p in self.placements if p.needs_anchor)
         where = f"embodiment {self.space.embodiment!r} commands absolute {names}, taken relative to the chunk's start"
+        otherwise = "; or convert the data first (actok.signal.conversions.convert) to steps or to relative poses"
         if anchor is None:
             raise DataError(
-                f"{where}; give the proprioception there in the action's layout as anchor [B, {self.space.dim}]"
+                f"{where}; give the proprioception there in the action's layout as anchor [B, {self.space.dim}]{otherwise}"
             )
         if anchor.shape[1] != self.space.dim:
             raise DataError(
                 f"{where}; anchor has {anchor.shape[1]} numbers, give the {self.space.dim} of the action's layout"
-                f" ({', '.join(self.space.names)})"
+                f" ({', '.join(self.space.names)}){otherwise}"
             )
         return anchor.astype(np.float64)
 
