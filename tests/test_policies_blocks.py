@@ -77,6 +77,7 @@ def test_equal_blocks_take_n_over_b_passes_rounded_up(length, block):
     assert p.inputs == p.passes * block if p.passes > 1 else p.inputs == length
 
 
+@settings(deadline=None)
 @given(sizes=any_sizes)
 def test_the_layouts_own_blocks_are_the_plan(sizes):
     p = plan(layout_of(sizes))

@@ -137,6 +137,13 @@ class DecodingPlan:
         )
 
     @cached_property
+    def sees(self) -> Bool[np.ndarray, "L L"]:
+        """Which slots (columns) each slot may look at: kept ones of its own pass and those before; a query, queries of its own."""
+        step, kept = self.step, self.kept
+        same = step[:, None] == step[None]
+        return ((step[:, None] >= step[None]) & kept) | (same & ~kept[:, None] & ~kept)
+
+    @cached_property
     def _table(self) -> Int[np.ndarray, "L 4"]:
         """(pass, code that is fed or -1, place, kept) of every slot."""
         size = self.sizes[0]
@@ -224,9 +231,7 @@ def attention_mask(plan: DecodingPlan, prefix_len: int, *, causal_prefix: bool =
     seen[:, :prefix_len] = True
     if causal_prefix:
         seen[:prefix_len, :prefix_len].tril_()
-    step, kept = torch.from_numpy(plan.step), torch.from_numpy(plan.kept)
-    same = step[:, None] == step[None]
-    seen[prefix_len:, prefix_len:] = ((step[:, None] >= step[None]) & kept) | (same & ~kept[:, None] & ~kept)
+    seen[prefix_len:, prefix_len:] = torch.from_numpy(plan.sees)
     return seen
 
 
@@ -238,12 +243,9 @@ def pass_mask(plan: DecodingPlan, j: int, prefix_len: int) -> Bool[Tensor, "m M"
     if not 0 <= j < plan.passes:
         raise ConfigError(f"pass {j} is not among the {plan.passes} of this plan; count from 0")
     first, last = plan.slots[j], plan.slots[j + 1]
-    columns = [
-        *range(prefix_len),
-        *(prefix_len + np.flatnonzero(plan.kept[:first])),
-        *range(prefix_len + first, prefix_len + last),
-    ]
-    return attention_mask(plan, prefix_len)[prefix_len + first : prefix_len + last][:, torch.tensor(columns)]
+    columns = np.concatenate([np.flatnonzero(plan.kept[:first]), np.arange(first, last)])
+    own = torch.from_numpy(plan.sees[first:last][:, columns])
+    return torch.cat([own.new_ones(last - first, prefix_len), own], 1)
 
 
 def additive_mask(mask: Bool[Tensor, "*shape"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
