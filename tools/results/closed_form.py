@@ -189,7 +189,7 @@ def index(rows: list[str]) -> str:
             "# Results",
             "",
             "Every table here is made by `make results` (work files in `runs/results`, seed 0, hardware and commit below each"
-            " table). [What they say](FINDINGS.md). [Learned tokenizers](learned/README.md). [Tolerances](tolerance.md). [Speed](speed.md).",
+            " table). [What they say](FINDINGS.md). [Learned tokenizers](learned/README.md). [Semantic codes](semantic/README.md). [Tolerances](tolerance.md). [Speed](speed.md).",
             "",
             "Meta-World is collected by the command itself; the other sets are added with `DATA_ROOT=...` where they are at"
             " hand.",

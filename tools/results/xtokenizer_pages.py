@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actok.core.files import write_bytes
+from actok.data import find_space
 from results.places import METAWORLD, SEED, portable
 from results.training import kept_specification
 from results.xtokenizer import (
@@ -65,7 +66,8 @@ def write_semantic_pages(work: Workshop, chosen: Mapping[str, SemanticJob] = SEM
     write("arms", arms_page(arms, shared), body)
     pictures = _pictures(units, labels)
     write("codes", codes_page(pictures), pictures)
-    for name in (draw_maps(pictures, work.pages / "maps.png"), draw_codes(pictures, work.pages / "codes.png")):
+    drawn = draw_codes(pictures, work.pages / "codes.png", find_space("metaworld_sawyer").names)
+    for name in (draw_maps(pictures, work.pages / "maps.png"), drawn):
         if name is not None:
             print(f"pages: {name}")
     jobs = {name: _facts(work, name) for name in trained(work, [j.part for j in chosen.values()], chosen)}

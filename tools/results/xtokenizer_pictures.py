@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def draw_maps(pictures: Mapping[str, Any], path: Path) -> Path | None:
     variants = {name: found for name, found in pictures["variants"].items() if found["map"]}
     if not variants:
         return None
-    figure = Figure(figsize=(5.2 * len(SHOWN_LABELS), 4.4 * len(variants)), layout="constrained")
+    figure = Figure(figsize=(6.8 * len(SHOWN_LABELS), 4.4 * len(variants)), layout="constrained")
     axes = figure.subplots(len(variants), len(SHOWN_LABELS), squeeze=False)
     for row, (variant, found) in enumerate(variants.items()):
         points = np.array(found["map"]["points"])
@@ -51,11 +51,12 @@ def _scatter(panel: Any, points: np.ndarray, ids: np.ndarray, names: Any) -> Non
     for k, one in enumerate(common):
         style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
         panel.scatter(*points[ids == one].T, s=12, label=str(names[one] if names else one)[:40], **style)
-    panel.legend(fontsize=6, loc="best", framealpha=0.6)
+    panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
-def draw_codes(pictures: Mapping[str, Any], path: Path) -> Path | None:
-    """Mean decoded motion of the most used codes, a row for each variant; None where there are none."""
+def draw_codes(pictures: Mapping[str, Any], path: Path, dims: Sequence[str]) -> Path | None:
+    """Mean decoded motion of the most used codes, a row for each variant, a line for each of `dims`; None where there are
+    none."""
     from matplotlib.figure import Figure
 
     variants = {
@@ -72,7 +73,10 @@ def draw_codes(pictures: Mapping[str, Any], path: Path) -> Path | None:
         for panel, one in zip(axes[row], shown, strict=False):
             panel.set_title(f"code {one['symbol']}, {100 * one['share']:.1f} %", fontsize=8)
             for d, line in enumerate(np.array(one["motion"]).T):
-                panel.plot(line, color=COLOURS[d % len(COLOURS)], linewidth=1.2)
+                panel.plot(line, color=COLOURS[d % len(COLOURS)], linewidth=1.2, label=dims[d])
+    for panel in axes[-1]:
+        panel.set_xlabel("step", fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(dims), fontsize=8)
     return _save(figure, path)
 
 
