@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,6 @@ def slim(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable(text: str, data_root: Path | None) -> str:
-    """Without the folders of the machine it was made on."""
-    text = text.replace(f"{ROOT}/", "")
+    """Without the folders of the machine it was made on, in this checkout or another that shares the work files."""
+    text = re.sub(r"(?<![\w.-])/[^\s\",]*?/(?=runs/results/)", "", text.replace(f"{ROOT}/", ""))
     return text if data_root is None else text.replace(str(data_root), "DATA_ROOT")
