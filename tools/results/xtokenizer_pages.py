@@ -62,7 +62,8 @@ def write_semantic_pages(work: Workshop, chosen: Mapping[str, SemanticJob] = SEM
     }
     write("ablation", ablation_page(ablation), ablation)
     arms, shared, speed = (_load(bench / f"{name}.json") for name in ("arms", "shared", "speed"))
-    body = {"errors": arms, "shared": shared, "speed": speed}
+    slimmer = arms and {**arms, "results": [{k: v for k, v in u.items() if k != "counts"} for u in arms["results"]]}
+    body = {"errors": slimmer, "shared": shared, "speed": speed}
     write("arms", arms_page(arms, shared), body)
     pictures = _pictures(units, labels)
     write("codes", codes_page(pictures), pictures)
