@@ -120,6 +120,27 @@ class Env(ABC):
     def expert(self, task: str) -> Expert:
         """The scripted expert of a task. Raises ConfigError where there is none."""
 
+    def snapshot(self) -> Any:
+        """Everything that decides what the coming steps do, for `rollback`: a value of its own, in memory only.
+
+        Raises ConfigError where no episode has begun, or where this environment cannot (the default).
+        """
+        raise ConfigError(
+            f"environment {self.name!r} cannot go back to a moment of an episode (it implements no snapshot); closed-loop"
+            " replay needs that, open-loop replay does not"
+        )
+
+    def rollback(self, snapshot: Any) -> None:
+        """Go back to the moment of a snapshot of this episode, exactly: the same actions give the same observations,
+        bit for bit, and `success` is what it was. A snapshot may be gone back to more than once.
+
+        Raises ConfigError as `snapshot` does, and for a snapshot of another episode or environment.
+        """
+        raise ConfigError(
+            f"environment {self.name!r} cannot go back to a moment of an episode (it implements no rollback); closed-loop"
+            " replay needs that, open-loop replay does not"
+        )
+
     def close(self) -> None:  # noqa: B027 - most simulators hold nothing that outlives them
         """Free the simulator. The environment may be used again; it then builds a new one."""
 
