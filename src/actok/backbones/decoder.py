@@ -149,6 +149,13 @@ class DecoderBackbone(nn.Module, ABC):
         with the n new positions at its end; the cache that was given is unchanged.
         """
 
+    def run_prefix(self, prefix: Prefix) -> tuple[Float[Tensor, "B L W"], KVCache]:
+        """The pass over the prompt itself, before anything that follows it: `run` with its own positions and mask.
+
+        A model that gives its first layers more than the embeddings (Qwen3-VL's deep visual features) does so here.
+        """
+        return self.run(prefix.embeds, prefix.positions, prefix.mask())
+
     @abstractmethod
     def logits(self, hidden: Float[Tensor, "B n W"]) -> Float[Tensor, "B n V"]:
         """Over `vocab_size` ids."""
