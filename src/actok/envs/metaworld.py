@@ -3,6 +3,7 @@
 Actions [4]: displacement of the gripper in x, y, z (1 = 0.01 m) and gripper effort, each in [-1, 1]; the simulator
 itself limits what lies beyond. Proprioception [26]: gripper position in m (3), opening (1), orientation of the mocap
 body wxyz (4), the first nine positions and the first nine velocities of the model (seven arm joints, two fingers).
+"metaworld-state" has another proprioception, see MetaWorldStateEnv.
 
 A start state is the vector of Meta-World's randomisation, "rand_vec": positions of objects and goal. Meta-World draws
 it from NumPy's global generator, and twice for each reset; here it is drawn from a generator of the given seed and then
@@ -11,9 +12,10 @@ held through the reset, so that a restored episode is the recorded one bit for b
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -31,9 +33,26 @@ VIEWS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", 
 UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 # A start state that a task accepts is read at most a few times in a reset; beyond this the task keeps rejecting it.
 MOST_DRAWS = 20
+# What a task remembers beside the physics (milestones of its reward among it) is of these types; models, spaces and
+# renderers, which no step changes, are not.
+_STATE = (bool, int, float, str, list, tuple, dict, np.ndarray, np.generic, type(None))
 _SPACE_FIELDS = {f.name for f in fields(ActionSpace)}
 
-__all__ = ["MetaWorldEnv"]
+# Meta-World's observation [39]: gripper position 3 and opening 1, objects 14 (two times position 3 and quaternion
+# 4, zero where the task has one object or none), the same 18 numbers of the step before, goal position 3.
+_NOW, _GOAL = slice(0, 18), slice(36, 39)
+
+__all__ = ["MetaWorldEnv", "MetaWorldStateEnv"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Snapshot:
+    """A moment of an episode: MuJoCo's data with all that derives from them, the task's attributes, success."""
+
+    episode: object
+    data: Any
+    attributes: dict[str, Any]
+    success: bool
 
 
 class MetaWorldEnv(Env):
@@ -45,6 +64,8 @@ class MetaWorldEnv(Env):
 
     name = "metaworld"
     max_steps = 500
+    proprio_size: int | None = 26
+    default_views = ("corner2", "topview", "gripperPOV")
 
     def __init__(self, views: Sequence[str] = (), image_size: int = 128) -> None:
         self._views = (views,) if isinstance(views, str) else tuple(views)
@@ -62,6 +83,7 @@ class MetaWorldEnv(Env):
         self._cameras: Cameras | None = None
         self._rand_vec: np.ndarray | None = None
         self._success = False
+        self._episode = object()  # its identity tells one episode's snapshots from another's
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._views, self._image_size)
@@ -145,6 +167,28 @@ class MetaWorldEnv(Env):
         self.check_task(task)
         return _ScriptedExpert(self._library["policies"][task](), self.instruction(task))
 
+    def snapshot(self) -> Any:
+        """See Env.snapshot; 0.5 ms."""
+        if self._rand_vec is None:
+            raise ConfigError("no episode has begun; call reset or restore first")
+        return _Snapshot(
+            episode=self._episode,
+            data=copy.copy(self._simulator.data),
+            attributes=copy.deepcopy({k: v for k, v in vars(self._simulator).items() if isinstance(v, _STATE)}),
+            success=self._success,
+        )
+
+    def rollback(self, snapshot: Any) -> None:
+        """See Env.rollback."""
+        if not isinstance(snapshot, _Snapshot) or snapshot.episode is not self._episode:
+            raise ConfigError("this snapshot is not of the current episode; take one with snapshot() after its start")
+        attributes = vars(self._simulator)
+        for name in [k for k, v in attributes.items() if isinstance(v, _STATE) and k not in snapshot.attributes]:
+            del attributes[name]  # set for the first time after the snapshot
+        attributes.update(copy.deepcopy(snapshot.attributes))
+        self._simulator.data = copy.copy(snapshot.data)
+        self._success = snapshot.success
+
     def close(self) -> None:
         """See Env.close."""
         if self._cameras is not None:
@@ -183,14 +227,35 @@ class MetaWorldEnv(Env):
 
         self._simulator._get_state_rand_vec = draw
         state, _ = self._simulator.reset()
-        self._rand_vec, self._success = rand_vec, False
+        self._rand_vec, self._success, self._episode = rand_vec, False, object()
         return self._observe(state)
 
     def _observe(self, state: np.ndarray) -> Observation:
-        data = self._simulator.data
-        proprio = np.concatenate([state[:4], data.mocap_quat[0], data.qpos[:9], data.qvel[:9]]).astype(np.float32)
-        images = {} if self._cameras is None else self._cameras.images(data)
+        images = {} if self._cameras is None else self._cameras.images(self._simulator.data)
+        proprio = self._proprio(state).astype(np.float32)
         return Observation(proprio=proprio, state=np.array(state, np.float64), images=images)
+
+    def _proprio(self, state: np.ndarray) -> np.ndarray:
+        """[P] from Meta-World's observation [39] and the simulator."""
+        data = self._simulator.data
+        return np.concatenate([state[:4], data.mocap_quat[0], data.qpos[:9], data.qvel[:9]])
+
+
+class MetaWorldStateEnv(MetaWorldEnv):
+    """Meta-World for policies without cameras, which would otherwise be blind to the objects: same simulator, tasks,
+    actions and experts, but the proprioception [21] tells where things are.
+
+    Gripper position in m (3) and opening (1); positions (3, m) and quaternions (4) of the first and the second object,
+    as Meta-World gives them, zero where the task has none; goal position in m (3). That is Meta-World's own
+    observation without its copy of the step before. A policy of this environment reads what no camera-less robot
+    could: its success is a statement about tokens and decoding, not about perception.
+    """
+
+    name = "metaworld-state"
+    proprio_size = 21
+
+    def _proprio(self, state: np.ndarray) -> np.ndarray:
+        return np.concatenate([state[_NOW], state[_GOAL]])
 
 
 class _ScriptedExpert(Expert):
