@@ -226,6 +226,32 @@ def test_proprioception_is_of_the_robot(env) -> None:
     assert np.linalg.norm(moved.proprio[4:8]) == pytest.approx(np.sqrt(2), abs=1e-5)  # Meta-World sets (1, 0, 1, 0)
 
 
+def test_the_state_variant_sees_objects_and_goal_and_is_else_the_same(env) -> None:
+    seen = make_env("metaworld-state")
+    assert (seen.tasks, seen.space, seen.max_steps) == (env.tasks, env.space, env.max_steps)
+    assert (env.proprio_size, seen.proprio_size) == (26, 21)
+    task = "pick-place-v3"
+    blind, first = env.reset(task, seed=7), seen.reset(task, seed=7)
+    expert, other = env.expert(task), seen.expert(task)
+    assert np.array_equal(env.start_state()["rand_vec"], seen.start_state()["rand_vec"])
+    observation = first
+    for _ in range(61):
+        assert blind.proprio.shape == (26,)
+        assert np.array_equal(blind.state, observation.state)
+        assert np.array_equal(other(observation).action, expert(blind).action)
+        action = expert(blind).action
+        blind, observation = env.step(action), seen.step(action)
+    # The goal is the second half of the start state; the object has moved, and the numbers follow the simulator's.
+    proprio, simulator = observation.proprio, seen._simulator
+    assert np.allclose(proprio[18:21], seen.start_state()["rand_vec"][3:], atol=1e-6)
+    assert np.allclose(proprio[4:7], simulator.get_body_com("obj"), atol=1e-6)
+    assert np.linalg.norm(proprio[4:7] - first.proprio[4:7]) > 0.02
+    assert np.allclose(proprio[:4], blind.proprio[:4])
+    assert not proprio[11:18].any(), "there is no second object"
+    copy = pickle.loads(pickle.dumps(seen))
+    assert np.array_equal(copy.restore(task, seen.start_state()).proprio, first.proprio)
+
+
 def test_success_is_that_of_the_episode_at_hand(env) -> None:
     observation, expert = env.reset("button-press-v3", seed=1), env.expert("button-press-v3")
     assert not env.success

@@ -9,9 +9,6 @@ from typing import Any
 
 __all__ = ["collect_into", "run"]
 
-# Rendered by `collect --images`: one view from the side, one from above, one from the gripper.
-VIEWS = ("corner2", "topview", "gripperPOV")
-
 
 def run(args: argparse.Namespace) -> int:
     """Dispatch on the verb."""
@@ -27,10 +24,16 @@ def collect_into(
     out: str, env_name: str, tasks: str, episodes: int, *, seed: int, workers: int, images: int | None = None
 ) -> Any:
     """Record into a LeRobot folder and say what was kept and what failed."""
-    from actok.envs import make_env
+    from actok.core import ConfigError
+    from actok.envs import env_class, make_env
     from actok.evaluation.record import collect, record_lerobot
 
-    env = make_env(env_name, views=VIEWS, image_size=images) if images else make_env(env_name)
+    options: dict[str, Any] = {}
+    if images:
+        options = {"views": env_class(env_name).default_views, "image_size": images}
+        if not options["views"]:
+            raise ConfigError(f"environment {env_name!r} has no cameras; collect without --images")
+    env = make_env(env_name, **options)
     wanted = None if tasks == "all" else [task.strip() for task in tasks.split(",") if task.strip()]
     report = record_lerobot(collect(env, wanted, episodes, seed=seed, workers=workers), env, out)
     steps = sum(task.steps for task in report.tasks.values())

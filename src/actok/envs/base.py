@@ -21,9 +21,12 @@ from actok.core.registry import load_target, suggest
 from actok.core.spaces import ActionSpace
 
 ENTRY_POINT_GROUP = "actok.envs"
-BUILT_IN: Mapping[str, str] = {"metaworld": "actok.envs.metaworld:MetaWorldEnv"}
+BUILT_IN: Mapping[str, str] = {
+    "metaworld": "actok.envs.metaworld:MetaWorldEnv",
+    "metaworld-state": "actok.envs.metaworld:MetaWorldStateEnv",
+}
 
-__all__ = ["Env", "Expert", "ExpertAction", "Observation", "list_envs", "make_env"]
+__all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,10 +73,14 @@ class Env(ABC):
     Attributes:
         name: as given to `make_env`.
         max_steps: how many steps the benchmark allows an episode.
+        proprio_size: how many numbers the proprioception has; None where only the first observation tells.
+        default_views: the views that recording takes unless others are asked for; empty where there are no cameras.
     """
 
     name: str
     max_steps: int
+    proprio_size: int | None = None
+    default_views: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -170,18 +177,23 @@ def list_envs() -> dict[str, str]:
     return found
 
 
+def env_class(name: str) -> type[Env]:
+    """The class behind a name, without its simulator being loaded. Raises ConfigError for an unknown name."""
+    targets = list_envs()
+    if name not in targets:
+        raise ConfigError(f"no environment is called {name!r}; {suggest(name, list(targets))}")
+    found: type[Env] = load_target(targets[name])
+    return found
+
+
 def make_env(name: str, **options: Any) -> Env:
     """The environment of that name; `options` go to its constructor.
 
     Raises ConfigError for an unknown name or option, MissingExtraError where its simulator is not installed.
     """
-    targets = list_envs()
-    if name not in targets:
-        raise ConfigError(f"no environment is called {name!r}; {suggest(name, list(targets))}")
-    env_class = load_target(targets[name])
-    known = list(inspect.signature(env_class).parameters)
+    found = env_class(name)
+    known = list(inspect.signature(found).parameters)
     for option in options:
         if option not in known:
             raise ConfigError(f"environment {name!r} has no option {option!r}; {suggest(option, known)}")
-    env: Env = env_class(**options)
-    return env
+    return found(**options)
