@@ -8,11 +8,22 @@ must be allowed to look somewhere.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Attention", "Block", "FeedForward", "Stack", "block_causal_mask", "rotate", "sinusoids"]
+__all__ = [
+    "Attention",
+    "Block",
+    "DecoderBlock",
+    "FeedForward",
+    "Stack",
+    "block_causal_mask",
+    "rotary_angles",
+    "rotate",
+    "sinusoids",
+    "turn",
+]
 
 
 class Attention(nn.Module):
@@ -192,19 +203,80 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
+class DecoderBlock(nn.Module):
+    """Self-attention that also looks at keys and values of earlier passes, then SwiGLU; both residual, pre-norm.
+
+    The heads may be of any size, so that a block of another width can read the keys and values of a wider network. Fewer
+    key-value heads than heads: each serves heads / kv_heads neighbouring ones (Ainslie et al., 2023, arXiv 2305.13245).
+
+    Args:
+        width: W; heads, kv_heads: H and G, a divisor of H; head_dim: E, even.
+        hidden: units of the feed-forward layer (default: that of `FeedForward`).
+    """
+
+    def __init__(self, width: int, heads: int, *, kv_heads: int, head_dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        if heads % kv_heads or head_dim % 2:
+            raise ValueError(f"{kv_heads} key-value heads must divide {heads} heads, and {head_dim} channels be even")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.attention_norm = nn.RMSNorm(width)
+        self.query_key_value = nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.feed_norm = nn.RMSNorm(width)
+        self.feed = FeedForward(width, hidden)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B n W"],
+        angles: tuple[Float[Tensor, "B n half"], Float[Tensor, "B n half"]],
+        mask: Tensor,
+        past: tuple[Float[Tensor, "B G K E"], Float[Tensor, "B G K E"]] | None = None,
+    ) -> tuple[Float[Tensor, "B n W"], Float[Tensor, "B G M E"], Float[Tensor, "B G M E"]]:
+        """The n new positions, and keys (turned) and values of the M = K + n positions that are known now.
+
+        Args:
+            angles: `rotary_angles` of the n positions.
+            mask: [B, 1, n, M]: bool, True where a row may look; or what is added to the products.
+            past: keys and values of the K positions before.
+        """
+        heads = self.query_key_value(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        turned = turn(heads[:, : self.heads + self.kv_heads], *angles)
+        q, k, v = turned[:, : self.heads], turned[:, self.heads :], heads[:, self.heads + self.kv_heads :]
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        grouped = self.kv_heads < self.heads
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        x = x + self.out(found.transpose(1, 2).flatten(2))
+        return x + self.feed(self.feed_norm(x)), k, v
+
+
+def rotary_angles(
+    positions: Num[Tensor, "*batch n"], head_dim: int, base: float = 1e4
+) -> tuple[Float[Tensor, "*batch n half"], Float[Tensor, "*batch n half"]]:
+    """Cosines and sines of position * base^(-2i/E) for i in 0..E/2 - 1, float32."""
+    half = head_dim // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    angle = positions[..., None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def turn(
+    x: Float[Tensor, "B H n E"], cos: Float[Tensor, "*batch n half"], sin: Float[Tensor, "*batch n half"]
+) -> Float[Tensor, "B H n E"]:
+    """Turn channel pairs (i, i + E/2) by these angles, the same for every head; of an odd E the last channel stays."""
+    half = x.shape[-1] // 2
+    cos, sin = (part.unsqueeze(-3).to(x.dtype) for part in (cos, sin))
+    first, second = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, x[..., 2 * half :]], -1)
+
+
 def rotate(
     x: Float[Tensor, "B H L E"], base: float = 1e4, positions: Float[Tensor, "L"] | None = None
 ) -> Float[Tensor, "B H L E"]:
     """Rotary positions (0..L-1 unless given): channel pair (i, i + E/2) turns by position * base^(-2i/E)."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
     if positions is None:
         positions = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)
-    angle = positions[:, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half : 2 * half]
-    turned = [first * cos - second * sin, first * sin + second * cos, x[..., 2 * half :]]
-    return torch.cat(turned, -1)
+    return turn(x, *rotary_angles(positions, x.shape[-1], base))
 
 
 def sinusoids(count: int, width: int, base: float = 1e4) -> Float[Tensor, "{count} {width}"]:
