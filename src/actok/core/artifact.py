@@ -23,7 +23,7 @@ TENSOR_FILE = "model.safetensors"
 # How a config of version n becomes one of version n + 1. A new schema version adds one entry; none is ever removed.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
-__all__ = ["Artifact", "push_artifact", "read_artifact", "write_artifact", "write_folder"]
+__all__ = ["Artifact", "artifact_files", "locate", "push_artifact", "read_artifact", "write_artifact", "write_folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
         raise ArtifactError(f"{folder} is a file; name a folder")
     present = {p.name for p in folder.iterdir()} if folder.exists() else set()
     replaced = _artifact_files(folder)
-    foreign = sorted(present - files.keys() - replaced)
+    foreign = sorted(present - {name.partition("/")[0] for name in files} - replaced)
     if not replaced and (foreign or CONFIG_FILE in present):
         found = CONFIG_FILE if CONFIG_FILE in present else foreign[0]
         raise ArtifactError(f"{folder} holds {found!r} and no tokenizer; name a new or empty folder")
@@ -114,14 +114,15 @@ def _artifact_files(folder: Path) -> set[str]:
         return set()
     if not _is_artifact(body):
         return set()
-    return {CONFIG_FILE, *body.get("files", ())}
+    return {CONFIG_FILE, *(name.partition("/")[0] for name in body.get("files", ()))}
 
 
 def _is_artifact(body: Any) -> bool:
     return isinstance(body, dict) and "schema_version" in body and "tokenizer" in body
 
 
-def _serialise(artifact: Artifact) -> dict[str, bytes]:
+def artifact_files(artifact: Artifact) -> dict[str, bytes]:
+    """The files of a saved artifact by name: what `write_artifact` writes, for a folder that holds more than it."""
     from safetensors.numpy import save
 
     from actok import __version__
@@ -146,7 +147,7 @@ def _serialise(artifact: Artifact) -> dict[str, bytes]:
 
 def write_artifact(artifact: Artifact, folder: Path) -> Path:
     """Save atomically; returns the folder."""
-    return write_folder(folder, _serialise(artifact))
+    return write_folder(folder, artifact_files(artifact))
 
 
 def push_artifact(artifact: Artifact, repo_id: str, **options: Any) -> str:
@@ -155,11 +156,12 @@ def push_artifact(artifact: Artifact, repo_id: str, **options: Any) -> str:
 
     api = HfApi()
     api.create_repo(repo_id, exist_ok=True, **options)
-    operations = [CommitOperationAdd(name, content) for name, content in _serialise(artifact).items()]
+    operations = [CommitOperationAdd(name, content) for name, content in artifact_files(artifact).items()]
     return str(api.create_commit(repo_id, operations, commit_message="Upload action tokenizer").commit_url)
 
 
-def _locate(folder_or_hub_id: str | Path, revision: str | None) -> Path:
+def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or the download of a Hub id. Raises ArtifactError where there is neither."""
     path = Path(folder_or_hub_id)
     if path.exists():
         return path
@@ -182,7 +184,7 @@ def read_artifact(folder_or_hub_id: str | Path, *, revision: str | None = None) 
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    folder = _locate(folder_or_hub_id, revision)
+    folder = locate(folder_or_hub_id, revision)
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ArtifactError(f"{folder} has no {CONFIG_FILE}; give a folder written by save_pretrained")

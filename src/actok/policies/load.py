@@ -1,0 +1,95 @@
+"""A saved policy, complete in its folder: nothing of it is looked for elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from actok.backbones.decoder import DecoderBackbone
+from actok.core import ActionTokenizer, ArtifactError, find_class, read_artifact
+from actok.core.artifact import CONFIG_FILE, TENSOR_FILE, locate
+from actok.policies.base import Policy
+from actok.policies.prompt import StateRange
+from actok.policies.vla import BACKBONE, KIND, TOKENIZER, VERSION, VLA, VLAConfig
+from actok.policies.vocab import VocabularyMap
+
+__all__ = ["is_policy", "load_policy"]
+
+
+def is_policy(folder: str | Path) -> bool:
+    """Whether a local folder holds a policy (complete or not)."""
+    try:
+        body = json.loads((Path(folder) / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(body, dict) and "policy" in body and "tokenizer" in body
+
+
+def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: str | None = None) -> Policy:
+    """What `save_pretrained` wrote, in evaluation mode.
+
+    Raises ArtifactError naming what is missing, truncated, edited or too new.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    folder = locate(folder_or_hub_id, revision)
+    if not is_policy(folder):
+        raise ArtifactError(f"{folder_or_hub_id} holds no policy; name a folder that `actok train-policy` wrote")
+    body = json.loads((folder / CONFIG_FILE).read_bytes())
+    if body["policy"] != KIND or body["schema_version"] != VERSION:
+        raise ArtifactError(
+            f"{folder_or_hub_id} holds a policy {body['policy']!r} of version {body['schema_version']}, this actok reads"
+            f" {KIND!r} of version {VERSION}; upgrade actok, or train it again"
+        )
+    contents = {name: _checked(folder, name, expected) for name, expected in body["files"].items()}
+    tokenizer: ActionTokenizer
+    artifact = read_artifact(folder / TOKENIZER)
+    tokenizer = find_class(artifact.kind).from_artifact(artifact)
+    if artifact.weights_hash != body["tokenizer"]:
+        raise ArtifactError(f"{folder / TOKENIZER} is another tokenizer than the policy was trained on; copy it again")
+    try:
+        prefix = f"{BACKBONE}/"
+        files = {name.removeprefix(prefix): c for name, c in contents.items() if name.startswith(prefix)}
+        policy = VLA(
+            backbone_from(body["backbone"], files),
+            tokenizer,
+            VLAConfig(**{**body["config"], "heads": tuple(body["config"]["heads"])}),
+            VocabularyMap.from_dict(body["vocabulary"]),
+            embodiment=body["embodiment"],
+            horizon=body["horizon"],
+            views=tuple(body["views"]),
+            state=None if body["state"] is None else StateRange.from_dict(body["state"]),
+            meta=body["meta"],
+        )
+        policy.load_state_dict(load(contents[TENSOR_FILE]))
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ArtifactError(
+            f"{folder_or_hub_id} does not describe a whole policy ({type(error).__name__}: {reason}); copy it again"
+        ) from error
+    return policy.to(device).eval()
+
+
+def backbone_from(spec: Mapping[str, Any], files: Mapping[str, bytes]) -> DecoderBackbone:
+    """The untrained twin that `spec` and `files` describe."""
+    if spec["kind"] == "tiny":
+        from actok.policies.tiny import TinyVLM
+
+        return TinyVLM.from_spec(spec, files)
+    from actok.backbones.policy_models import backbone_from_spec
+
+    return backbone_from_spec(spec, files)
+
+
+def _checked(folder: Path, name: str, expected: str) -> bytes:
+    path = folder / name
+    if not path.is_file():
+        raise ArtifactError(f"{folder} lacks {name}; copy the whole folder")
+    content = path.read_bytes()
+    if sha256(content).hexdigest() != expected:
+        raise ArtifactError(f"{path} is truncated or edited (sha256 differs); copy it again")
+    return content
