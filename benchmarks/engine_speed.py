@@ -27,7 +27,8 @@ from actok.core.provenance import cpu_model
 from actok.core.registry import load_target
 from actok.data.mixtures import MixtureSampler
 from actok.training.config import TrainConfig
-from actok.training.engine import Trainer, parameter_groups
+from actok.training.engine import Trainer
+from actok.training.model import parameter_groups
 from actok.training.run_folder import RunFolder
 from actok.training.sources import Batches, Source
 

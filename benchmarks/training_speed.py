@@ -31,7 +31,7 @@ from actok.core import ActionGroup, ActionSpace, FitPart, build_config, find_pre
 from actok.core.provenance import circumstances
 from actok.core.registry import load_target
 from actok.training.config import train_config
-from actok.training.engine import parameter_groups
+from actok.training.model import parameter_groups
 
 T = 20
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

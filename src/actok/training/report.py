@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -18,7 +19,20 @@ from actok.training.run_folder import RunFolder
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Report", "flat"]
+__all__ = ["CodeUse", "Report", "flat", "shares"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CodeUse:
+    """How a step used a quantiser's codes.
+
+    Attributes:
+        usage: `share` and `perplexity` of each level.
+        drawn: codes that each level drew in the step.
+    """
+
+    usage: Any
+    drawn: int
 
 
 class Report:
@@ -46,8 +60,9 @@ class Report:
         self.accelerator, self.config, self.folder, self.health = accelerator, config, folder, health
         self.name, self.progress = name, progress
         self._window: list[tuple[dict[str, Tensor], Tensor | None]] = []
-        self._output: Any = None
+        self._use: CodeUse | None = None
         self._last: dict[str, Any] = {}
+        self._shown: dict[str, str] = {}
         self._since = self._waited = 0.0
 
     def open(self, done: int) -> Self:
@@ -66,10 +81,10 @@ class Report:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def step(self, output: Any, norm: Tensor | None) -> None:
-        """Note a step's CodecOutput and gradient norm; nothing is read from the device."""
-        self._window.append(({name: value.detach() for name, value in output.losses.items()}, norm))
-        self._output = (output.usage, output.codes.shape[0] * output.codes.shape[1])
+    def step(self, losses: Mapping[str, Tensor], norm: Tensor | None, use: CodeUse | None) -> None:
+        """Note a step's losses, gradient norm and code use; nothing is read from the device."""
+        self._window.append(({name: value.detach() for name, value in losses.items()}, norm))
+        self._use = use
         self._bar.update()
 
     def read(self, done: int, waited: float) -> None:
@@ -101,24 +116,22 @@ class Report:
         }
         if (norm := self._window[-1][1]) is not None:
             line["gradient_norm"] = float(norm)
-        usage, drawn = self._output
-        if usage is not None:
-            line["codes_used"] = usage.share.tolist()
-            line["perplexity"] = usage.perplexity.tolist()
-            self.health.codes(done, line["codes_used"], line["perplexity"], drawn)
+        if self._use is not None:
+            line["codes_used"] = self._use.usage.share.tolist()
+            line["perplexity"] = self._use.usage.perplexity.tolist()
+            self.health.codes(done, line["codes_used"], line["perplexity"], self._use.drawn)
         self._window = []
         self._since, self._waited = now, waited
         self._tell(line)
 
-    def validation(self, metrics: Mapping[str, Any], seconds: float) -> None:
-        """Tell what an evaluation found, which took so long."""
+    def validation(self, metrics: Mapping[str, Any], seconds: float, *, told: str, shown: Mapping[str, str]) -> None:
+        """Tell what an evaluation found, which took so long: in words, and by the names on the bar."""
         self._since += seconds
+        self._shown = dict(shown)
         self._tell({"step": metrics["step"], "validation": metrics})
         if self.progress:
-            rates = ", ".join(f"{rate:.1%} within {tolerance}" for tolerance, rate in metrics["vrr"].items())
             tqdm.write(
-                f"step {metrics['step']:,} of {self.config.steps:,}: loss {self._last['loss']:.4f}; validation l1"
-                f" {metrics['l1']:.4f}, {rates}, codes used {_shares(metrics['codes_used'])};"
+                f"step {metrics['step']:,} of {self.config.steps:,}: loss {self._last['loss']:.4f}; validation {told};"
                 f" {self._last['steps_per_s']:.1f} steps/s",
                 sys.stderr,
             )
@@ -132,11 +145,8 @@ class Report:
                 self.accelerator.log(flat(line), step=line["step"])
         shown = {"loss": f"{self._last['loss']:.4f}"}
         if "codes_used" in self._last:
-            shown["codes"] = _shares(self._last["codes_used"])
-        if "validation" in self._last:
-            shown["val_l1"] = f"{self._last['validation']['l1']:.4f}"
-            shown["vrr"] = _shares(self._last["validation"]["vrr"].values())
-        self._bar.set_postfix(shown, refresh=False)
+            shown["codes"] = shares(self._last["codes_used"])
+        self._bar.set_postfix(shown | self._shown, refresh=False)
 
 
 def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -152,5 +162,6 @@ def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def _shares(values: Any) -> str:
+def shares(values: Any) -> str:
+    """Shares as "97% 100%"."""
     return " ".join(f"{v:.0%}" for v in values)

@@ -61,7 +61,7 @@ def explain(error: Exception, step: int, batch_size: int, processes: int) -> Tra
     if isinstance(error, MemoryError) or "OutOfMemory" in name or any(w in words for w in MEMORY_WORDS):
         return TrainingError(
             f"out of memory in step {step} with batches of {batch_size} chunks; make batch_size smaller (--batch-size), or"
-            f" eval_chunks, or the codec (--set), or take precision=bf16 ({words[:120]})"
+            f" eval_chunks, or the model (--set), or take precision=bf16 ({words[:120]})"
         )
     if processes > 1 and (name.startswith("Dist") or any(w in words for w in RANK_WORDS)):
         return TrainingError(
