@@ -80,6 +80,12 @@ class PointMass(Env):
         self._press = float(action[2])
         return self._observe()
 
+    def snapshot(self) -> Any:
+        return self._position.copy(), self._press
+
+    def rollback(self, snapshot: Any) -> None:
+        self._position, self._press = snapshot[0].copy(), snapshot[1]
+
     @property
     def success(self) -> bool:
         solvable = self._task != "never" and (self._task != "half" or self._goal[0] > self._start[0])

@@ -11,13 +11,13 @@ import importlib.metadata
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from actok.core.errors import ConfigError, DataError
-from actok.core.registry import load_target, suggest
+from actok.core.registry import CONFIGS, load_target, read_toml, suggest
 from actok.core.spaces import ActionSpace
 
 ENTRY_POINT_GROUP = "actok.envs"
@@ -26,7 +26,7 @@ BUILT_IN: Mapping[str, str] = {
     "metaworld-state": "actok.envs.metaworld:MetaWorldStateEnv",
 }
 
-__all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env"]
+__all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env", "packaged_space"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,6 +118,13 @@ class Env(ABC):
     def step(self, action: np.ndarray) -> Observation:
         """Execute one action [D] in raw units. Raises DataError where it is not finite or of another size."""
 
+    def advance(self, action: np.ndarray) -> None:
+        """As `step`, where nobody looks: the same physics and success, without what an observation costs (images).
+
+        This default steps; environments that render save time by an own one. Raises as `step` does.
+        """
+        self.step(action)
+
     @property
     @abstractmethod
     def success(self) -> bool:
@@ -167,6 +174,14 @@ class Env(ABC):
         if not np.isfinite(array).all():
             raise DataError(f"action {array.tolist()} is not finite; never execute an undecodable sequence")
         return array
+
+
+def packaged_space(name: str) -> ActionSpace:
+    """The action space of configs/spaces/<name>.toml, for environments that act in it."""
+    values = read_toml(CONFIGS / "spaces" / f"{name}.toml")
+    # The file also says how readers recognise data of this space, and where its groups go in wider ones.
+    known = {f.name for f in fields(ActionSpace)} | {"mode"}
+    return ActionSpace.from_dict({key: value for key, value in values.items() if key in known})
 
 
 def list_envs() -> dict[str, str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,9 +24,9 @@ import numpy as np
 from actok.core.errors import ConfigError, DataError, MissingExtraError
 from actok.core.registry import CONFIGS, read_toml
 from actok.core.spaces import ActionSpace
-from actok.envs.base import Env, Expert, ExpertAction, Observation
+from actok.envs.base import Env, Expert, ExpertAction, Observation, packaged_space
 from actok.envs.branches import branches_of
-from actok.envs.cameras import Cameras, choose_backend
+from actok.envs.cameras import Cameras, check_views
 
 VIEWS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
 # Meta-World mounts its corner cameras upside down.
@@ -36,7 +36,6 @@ MOST_DRAWS = 20
 # What a task remembers beside the physics (milestones of its reward among it) is of these types; models, spaces and
 # renderers, which no step changes, are not.
 _STATE = (bool, int, float, str, list, tuple, dict, np.ndarray, np.generic, type(None))
-_SPACE_FIELDS = {f.name for f in fields(ActionSpace)}
 
 # Meta-World's observation [39]: gripper position 3 and opening 1, objects 14 (two times position 3 and quaternion
 # 4, zero where the task has one object or none), the same 18 numbers of the step before, goal position 3.
@@ -68,15 +67,8 @@ class MetaWorldEnv(Env):
     default_views = ("corner2", "topview", "gripperPOV")
 
     def __init__(self, views: Sequence[str] = (), image_size: int = 128) -> None:
-        self._views = (views,) if isinstance(views, str) else tuple(views)
+        self._views = check_views("Meta-World", views, VIEWS, image_size)
         self._image_size = image_size
-        for view in self._views:
-            if view not in VIEWS:
-                raise ConfigError(f"Meta-World has no view {view!r}; it has {', '.join(VIEWS)}")
-        if not isinstance(image_size, int) or not 16 <= image_size <= 2048:
-            raise ConfigError(f"image_size is {image_size!r}; give a whole number of pixels from 16 to 2048")
-        if self._views:
-            choose_backend()
         self._library = _import_metaworld()
         self._task = ""
         self._simulator: Any = None
@@ -96,9 +88,7 @@ class MetaWorldEnv(Env):
     @cached_property
     def space(self) -> ActionSpace:
         """The packaged space metaworld_sawyer."""
-        values = read_toml(CONFIGS / "spaces" / "metaworld_sawyer.toml")
-        # The file also says how readers recognise data of this space.
-        return ActionSpace.from_dict({k: v for k, v in values.items() if k == "mode" or k in _SPACE_FIELDS})
+        return packaged_space("metaworld_sawyer")
 
     @cached_property
     def _instructions(self) -> Mapping[str, str]:
@@ -151,11 +141,11 @@ class MetaWorldEnv(Env):
 
     def step(self, action: np.ndarray) -> Observation:
         """See Env.step."""
-        if self._rand_vec is None:
-            raise ConfigError("no episode has begun; call reset or restore first")
-        state, _, _, _, info = self._simulator.step(self.check_action(action))
-        self._success = bool(info["success"])
-        return self._observe(state)
+        return self._observe(self._execute(action))
+
+    def advance(self, action: np.ndarray) -> None:
+        """See Env.advance."""
+        self._execute(action)
 
     @property
     def success(self) -> bool:
@@ -229,6 +219,14 @@ class MetaWorldEnv(Env):
         state, _ = self._simulator.reset()
         self._rand_vec, self._success, self._episode = rand_vec, False, object()
         return self._observe(state)
+
+    def _execute(self, action: np.ndarray) -> np.ndarray:
+        """One step; Meta-World's observation after it."""
+        if self._rand_vec is None:
+            raise ConfigError("no episode has begun; call reset or restore first")
+        state, _, _, _, info = self._simulator.step(self.check_action(action))
+        self._success = bool(info["success"])
+        return np.asarray(state)
 
     def _observe(self, state: np.ndarray) -> Observation:
         images = {} if self._cameras is None else self._cameras.images(self._simulator.data)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from actok.core.errors import DataError
 
-__all__ = ["PairedComparison", "compare_paired", "mcnemar", "paired_difference", "wilson"]
+CONFIDENCE = 0.95
+
+__all__ = [
+    "CONFIDENCE",
+    "PairedComparison",
+    "compare_all",
+    "compare_paired",
+    "mcnemar",
+    "paired_difference",
+    "success_rates",
+    "wilson",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,3 +145,42 @@ def compare_paired(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> Pa
         high=high,
         p_value=mcnemar(only_a, only_b),
     )
+
+
+def success_rates(success: np.ndarray, tasks: Sequence[str]) -> dict[str, Any]:
+    """Successes bool [E] of episodes of these tasks, as JSON values.
+
+    {success: [bool], rate, ci95 (Wilson), per_task: {task: {n, success, rate, ci95}}}, tasks by first appearance.
+    """
+    names = np.array(tasks)
+    per_task = {}
+    for task in dict.fromkeys(names.tolist()):
+        part = success[names == task]
+        per_task[task] = {"n": len(part), "success": int(part.sum()), **_proportion(part)}
+    return {"success": success.tolist(), **_proportion(success), "per_task": per_task}
+
+
+def compare_all(success: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Every two names' successes on the same episodes, as JSON values (`compare_paired`)."""
+    found = []
+    for a, b in itertools.combinations(success, 2):
+        c = compare_paired(success[a], success[b], CONFIDENCE)
+        found.append(
+            {
+                "a": a,
+                "b": b,
+                "both": c.both,
+                "only_a": c.only_a,
+                "only_b": c.only_b,
+                "neither": c.neither,
+                "difference": c.difference,
+                "ci95": [c.low, c.high],
+                "p_value": c.p_value,
+            }
+        )
+    return found
+
+
+def _proportion(success: np.ndarray) -> dict[str, Any]:
+    count = int(success.sum())
+    return {"rate": count / len(success), "ci95": list(wilson(count, len(success), CONFIDENCE))}

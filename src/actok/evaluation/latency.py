@@ -12,7 +12,7 @@ import numpy as np
 
 from actok.core import ActionTokenizer, ChunkContext, DataError, to_numpy
 
-__all__ = ["Latency", "Timing", "measure_latency"]
+__all__ = ["Latency", "Timing", "measure_latency", "one_torch_thread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def measure_latency(
             runs=len(single),
         )
 
-    with _one_torch_thread():
+    with one_torch_thread():
         return Latency(
             batch=len(actions),
             encode=timing(
@@ -97,7 +97,8 @@ def _repeat(call: Callable[[int], object], budget_s: float, at_most: int = 2000)
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
+    """torch, where loaded, on one thread inside."""
     torch = sys.modules.get("torch")
     if torch is None:
         yield

@@ -11,7 +11,6 @@ executed at all. The name "exact" is the demonstration itself, which open-loop e
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,17 +22,24 @@ import numpy as np
 from actok.core import ActionSpace, ActionTokenizer, ChunkContext, ConfigError, DataError, SpaceMismatchError
 from actok.data import Episode, EpisodeDataset
 from actok.envs import Env
-from actok.evaluation.intervals import compare_paired, wilson
+from actok.evaluation.intervals import compare_all, success_rates
 from actok.evaluation.workers import Workers
 from actok.signal.normalise import Normaliser
 from actok.signal.statistics import Statistics
 
 EXACT = "exact"
-CONFIDENCE = 0.95
 # Chunks encoded at a time: bounds the memory of a neural tokenizer.
 CHUNKS_AT_A_TIME = 1024
 
-__all__ = ["EXACT", "DecodedEpisodes", "decode_episodes", "replay"]
+__all__ = [
+    "EXACT",
+    "DecodedEpisodes",
+    "check_dataset",
+    "check_tokenizer",
+    "choose_episodes",
+    "decode_episodes",
+    "replay",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,8 +103,8 @@ def replay(
     """
     if EXACT in tokenizers:
         raise ConfigError(f"a tokenizer is called {EXACT!r}, the name of the demonstration itself; rename it")
-    embodiment = _check_space(env, dataset)
-    chosen = _choose(env, dataset, episodes)
+    embodiment = check_dataset(env, dataset)
+    chosen = choose_episodes(env, dataset, episodes)
     decoded = {
         name: decode_episodes(name, tokenizer, chosen, env.space, embodiment, horizon)
         for name, tokenizer in tokenizers.items()
@@ -111,7 +117,7 @@ def replay(
     horizons = {name: d.horizon for name, d in decoded.items()}
     rows = {
         name: {
-            **_rates(success[name], chosen),
+            **success_rates(success[name], [e.task for e in chosen]),
             "invalid": sum(actions is None for actions in variants[name]),
             "normalised_l1": _error(chosen, variants[name], scale),
             "horizon": horizons.get(name),
@@ -125,14 +131,14 @@ def replay(
         "horizon": common.pop() if len(common) == 1 else horizon,
         "episodes": [{"task": e.task, "index": e.index} for e in chosen],
         "tokenizers": rows,
-        "paired": [_pair(a, b, success[a], success[b]) for a, b in itertools.combinations(variants, 2)],
+        "paired": compare_all(success),
     }
 
 
 # -- what may be replayed ---------------------------------------------------------------------------------------------
 
 
-def _check_space(env: Env, dataset: EpisodeDataset | Sequence[Episode]) -> str:
+def check_dataset(env: Env, dataset: EpisodeDataset | Sequence[Episode]) -> str:
     """The embodiment's name. Raises SpaceMismatchError where the dataset's actions are not the environment's."""
     if not isinstance(dataset, EpisodeDataset):
         return env.space.embodiment
@@ -150,7 +156,9 @@ def _check_space(env: Env, dataset: EpisodeDataset | Sequence[Episode]) -> str:
     return space.embodiment
 
 
-def _choose(env: Env, dataset: EpisodeDataset | Sequence[Episode], indices: Iterable[int] | None) -> list[Episode]:
+def choose_episodes(
+    env: Env, dataset: EpisodeDataset | Sequence[Episode], indices: Iterable[int] | None
+) -> list[Episode]:
     """The episodes to replay, each checked."""
     total = len(dataset)
     wanted = list(range(total)) if indices is None else [int(i) for i in indices]
@@ -183,15 +191,10 @@ def _choose(env: Env, dataset: EpisodeDataset | Sequence[Episode], indices: Iter
 # -- through the tokenizer --------------------------------------------------------------------------------------------
 
 
-def decode_episodes(
-    name: str,
-    tokenizer: ActionTokenizer,
-    episodes: Sequence[Episode],
-    space: ActionSpace,
-    embodiment: str,
-    horizon: int | None = None,
-) -> DecodedEpisodes:
-    """Each episode's actions, encoded and decoded in consecutive chunks of the horizon (None: the tokenizer's)."""
+def check_tokenizer(
+    name: str, tokenizer: ActionTokenizer, space: ActionSpace, embodiment: str, horizon: int | None = None
+) -> int:
+    """Steps of its chunks: `horizon`, or the tokenizer's own. Raises SpaceMismatchError for one of another space."""
     known = tokenizer.spaces.get(embodiment)
     if known is None:
         raise SpaceMismatchError(
@@ -205,6 +208,19 @@ def decode_episodes(
     steps = tokenizer.horizon if horizon is None else horizon
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"horizon is {steps!r}; give a whole number of steps, at least 1")
+    return steps
+
+
+def decode_episodes(
+    name: str,
+    tokenizer: ActionTokenizer,
+    episodes: Sequence[Episode],
+    space: ActionSpace,
+    embodiment: str,
+    horizon: int | None = None,
+) -> DecodedEpisodes:
+    """Each episode's actions, encoded and decoded in consecutive chunks of the horizon (None: the tokenizer's)."""
+    steps = check_tokenizer(name, tokenizer, space, embodiment, horizon)
     counts = [-(-len(e) // steps) for e in episodes]
     # Padding as the space asks for it: standing still is 0 where dimensions are increments, else the last value.
     chunks = np.concatenate([_cut(e.actions, steps, np.array(space.incremental)) for e in episodes])
@@ -323,20 +339,6 @@ def _simulate(env: Env, job: _Run) -> _Outcome:
 # -- what came of it --------------------------------------------------------------------------------------------------
 
 
-def _proportion(success: np.ndarray) -> dict[str, Any]:
-    count = int(success.sum())
-    return {"rate": count / len(success), "ci95": list(wilson(count, len(success), CONFIDENCE))}
-
-
-def _rates(success: np.ndarray, episodes: Sequence[Episode]) -> dict[str, Any]:
-    tasks = np.array([e.task for e in episodes])
-    per_task = {}
-    for task in dict.fromkeys(tasks.tolist()):
-        part = success[tasks == task]
-        per_task[task] = {"n": len(part), "success": int(part.sum()), **_proportion(part)}
-    return {"success": success.tolist(), **_proportion(success), "per_task": per_task}
-
-
 def _error(episodes: Sequence[Episode], decoded: Sequence[np.ndarray | None], scale: np.ndarray) -> float | None:
     total, values = 0.0, 0
     for episode, actions in zip(episodes, decoded, strict=True):
@@ -344,18 +346,3 @@ def _error(episodes: Sequence[Episode], decoded: Sequence[np.ndarray | None], sc
             total += float((np.abs(actions.astype(np.float64) - episode.actions) / scale).sum())
             values += actions.size
     return total / values if values else None
-
-
-def _pair(a: str, b: str, success_a: np.ndarray, success_b: np.ndarray) -> dict[str, Any]:
-    c = compare_paired(success_a, success_b, CONFIDENCE)
-    return {
-        "a": a,
-        "b": b,
-        "both": c.both,
-        "only_a": c.only_a,
-        "only_b": c.only_b,
-        "neither": c.neither,
-        "difference": c.difference,
-        "ci95": [c.low, c.high],
-        "p_value": c.p_value,
-    }
