@@ -14,11 +14,13 @@ from realdata import REAL, needs_real
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-from results import xtokenizer, xtokenizer_measure
+from results import xtokenizer, xtokenizer_images, xtokenizer_measure
 from results.jobs import HORIZON
 from results.places import Places
 from results.training import assignments, kept_specification
-from results.xtokenizer import ABLATION, ARMS, LEFT_OUT, SEEDS, SEMANTIC_JOBS, UNION, SemanticJob, Workshop
+from results.xtokenizer import ABLATION, ARMS, IMAGES, LEFT_OUT, SEEDS, SEMANTIC_JOBS, UNION, SemanticJob, Workshop
+from results.xtokenizer_images import IMAGE_JOBS
+from results.xtokenizer_images_page import images_page
 from results.xtokenizer_measure import PAIRS, SHARING
 from results.xtokenizer_pages import write_semantic_pages
 from results.xtokenizer_tables import rows_by_seed, semantic_row
@@ -35,9 +37,9 @@ def workshop(tmp_path: Path, data_root: Path | None = None) -> Workshop:
     return Workshop(places=places, teacher=str(tmp_path))
 
 
-@pytest.mark.parametrize("name", SEMANTIC_JOBS)
+@pytest.mark.parametrize("name", [*SEMANTIC_JOBS, *IMAGE_JOBS])
 def test_a_job_is_asked_for_on_the_command_line_as_its_table_says(name):
-    job = SEMANTIC_JOBS[name]
+    job = {**SEMANTIC_JOBS, **IMAGE_JOBS}[name]
     preset = find_preset(job.preset)
     settings, training = job.resolved(103)
     assert build_config(load_target(preset.target).config_class, settings, name)
@@ -47,7 +49,7 @@ def test_a_job_is_asked_for_on_the_command_line_as_its_table_says(name):
     assert job.features == (
         config.needs_teacher and (bool(preset.alignment) or job.name.startswith("fastervq-aligned"))
     )
-    assert set(job.only) | set(job.without) <= set(UNION)
+    assert set(job.only) | set(job.without) <= set(UNION if name in SEMANTIC_JOBS else IMAGES)
 
 
 def test_every_variant_is_trained_alike_with_every_seed():
@@ -115,6 +117,86 @@ def test_tasks_ask_for_features_objectives_and_seed(tmp_path, monkeypatch):
     assert f"--out {work.tokenizer('plain-rvq-2')}" in second
 
 
+@pytest.fixture
+def seen(tmp_path) -> Workshop:
+    """Two data sets with images, and other recordings of the first one's two tasks."""
+    work = workshop(tmp_path, tmp_path / "data")
+    for path, names in (
+        (IMAGES["metaworld_img64"], "ab"),
+        (IMAGES["robosuite_img64"], "c"),
+        ("sim/metaworld_state", "abd"),
+    ):
+        folder = tmp_path / "data" / path
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / f"{name}.npz").write_bytes(b"0" * 13)
+    return work
+
+
+def test_each_variant_reads_the_features_of_its_own_teacher(seen, monkeypatch):
+    asked = []
+    for module in (xtokenizer, xtokenizer_images):
+        monkeypatch.setattr(module, "run_tasks", lambda tasks, places, **_: asked.extend(tasks) or [])
+    assert xtokenizer_images.train_images(seen, jobs=1, say=lambda _: None) == []
+    assert asked == []  # no teacher yet
+    xtokenizer_images.features_that_see(seen, jobs=1, say=lambda _: None)
+    teacher = xtokenizer_images.scene_teacher(seen)
+    texts = [" ".join(task.command) for task in asked]
+    assert f"--out {teacher} --steps {xtokenizer_images.TEACHER_STEPS}" in texts[0]
+    assert all(source.path in texts[0] for source in seen.images.values())
+    assert [f"--teacher {name}" in text for name, text in zip((teacher, seen.teacher), texts[1:], strict=True)] == [
+        True
+    ] * 2
+    asked.clear()
+    xtokenizer.write_bytes(teacher / "config.json", json.dumps({"training": {"loss": 0.5}}))
+    chosen = {name: job for name, job in IMAGE_JOBS.items() if name.endswith("-1")}
+    xtokenizer_images.train_images(seen, jobs=1, chosen=chosen, say=lambda _: None)
+    told = {task.name: " ".join(task.command) for task in asked}
+    assert list(told) == ["images-1", "words-1", "neither-1"]
+    scene = xtokenizer_images.teacher_of("images", seen).features
+    assert scene != seen.features
+    assert f"--features {scene}" in told["images-1"]
+    assert f"--features {seen.features}" in told["words-1"]
+    assert "--features" not in told["neither-1"]
+    assert all(f"--data {seen.images['metaworld_img64'].path}" in text for text in told.values())
+
+
+def test_images_are_judged_on_new_recordings_of_the_same_tasks(seen, monkeypatch):
+    asked = []
+    monkeypatch.setattr(xtokenizer_images, "run_tasks", lambda tasks, places, **_: asked.extend(tasks) or [])
+    assert xtokenizer_images.judge_images(seen, jobs=1) == []
+    assert asked == []  # nothing is trained
+    job = IMAGE_JOBS["neither-2"]
+    xtokenizer.write_bytes(seen.tokenizer(job.name) / "config.json", "{}")
+    xtokenizer.write_bytes(seen.folder(job.name) / "spec.json", json.dumps(xtokenizer.specification(job, seen)))
+    xtokenizer_images.judge_images(seen, jobs=1)
+    own, new = (list(task.command) for task in asked)
+    assert "--features" in own
+    assert "--features" not in new
+    folder = Path(new[new.index("--data") + 1])
+    assert sorted(path.name for path in folder.iterdir()) == ["a.npz", "b.npz"]
+    assert all(path.resolve().parent.name == "metaworld_state" for path in folder.iterdir())
+
+
+def test_the_page_shows_means_over_seeds_and_the_widest_interval():
+    rows = {
+        "0": {"probe_phase_0": 0.5, "interval_phase_0": [0.4, 0.6], "l1": 0.1},
+        "1": {"probe_phase_0": 0.7, "interval_phase_0": [0.45, 0.8], "l1": 0.3},
+    }
+    own = {
+        "conditions": None,
+        "test_episodes": 10,
+        "test_chunks": 680,
+        "raw": {"phase": {"accuracy": 0.3, "majority": 0.25}},
+        "variants": {"images": rows, "words": {}},
+    }
+    page = images_page({"teacher": None, "features": {}, "judged": {"own": own}})
+    assert "| images | 2 | - | 60 % (40 to 80) | - | - | - | 0.2 (0.1 to 0.3) | - | - | - |" in page
+    assert "| words | 0 | - | - | - | - | - | - | - | - | - |" in page
+    assert "phase 30 % and 25 %" in page
+    assert "680 chunks of 10 test episodes" in page
+
+
 # -- measurements -----------------------------------------------------------------------------------------------------
 
 
@@ -180,11 +262,10 @@ def test_every_tokenizer_is_judged_on_the_robots_it_is_meant_for(measured):
     work, _ = measured
     found = _read(work, "arms")
     units = {(u["dataset"], u["tokenizer"]): u for u in found["results"]}
-    everywhere = ["union", "without-arm_ur5e", "union-fast"]
-    expected = {(robot, name) for robot in ("arm_panda", "arm_ur5e") for name in everywhere}
-    assert set(units) == expected | {("arm_panda", "alone-arm_panda")}
+    expected = {(robot, name) for robot in ("arm_panda", "arm_ur5e") for name in ("union", "union-fast")}
+    assert set(units) == expected | {("arm_panda", "alone-arm_panda"), ("arm_ur5e", "without-arm_ur5e")}
     assert units["arm_ur5e", "without-arm_ur5e"]["adapted"]
-    assert not units["arm_panda", "without-arm_ur5e"]["adapted"]
+    assert not units["arm_ur5e", "union"]["adapted"]
     assert all(u["metrics"]["normalised"]["l1"] > 0 for u in units.values())
     assert set(load(work.root / "trained" / "union-fast" / "union-fast").spaces) == {"arm_panda", "arm_ur5e"}
 

@@ -34,6 +34,7 @@ from results.measuring import measure_all
 from results.places import EPISODES, METAWORLD, SEED, Places
 from results.training import calibrate, train
 from results.xtokenizer import SEMANTIC_JOBS, SemanticJob, Workshop, extract_features, make_arms, train_semantic
+from results.xtokenizer_images import IMAGE_JOBS, features_that_see, judge_images, train_images
 from results.xtokenizer_measure import measure_semantic
 from results.xtokenizer_pages import write_semantic_pages
 
@@ -59,8 +60,9 @@ def main() -> int:
     args = parser.parse_args()
 
     places = Places(data_root=args.data_root, scale=args.scale)
-    semantic = {name: job for name, job in SEMANTIC_JOBS.items() if not args.names or name in args.names}
-    others = [name for name in args.names if name not in SEMANTIC_JOBS]
+    known = {**SEMANTIC_JOBS, **IMAGE_JOBS}
+    semantic = {name: job for name, job in known.items() if not args.names or name in args.names}
+    others = [name for name in args.names if name not in known]
     names = job_names(others) if others or not args.names else []
     if not (places.work / METAWORLD).exists():
         collect_into(str(places.work / METAWORLD), METAWORLD, "all", EPISODES, seed=SEED, workers=args.jobs)
@@ -88,13 +90,18 @@ def main() -> int:
 def _semantic(work: Workshop, steps: Sequence[str], chosen: Mapping[str, SemanticJob], jobs: int) -> list[str]:
     """The steps of the semantic stage that are asked for; what failed is named."""
     failed: list[str] = []
+    seeing = {name: job for name, job in chosen.items() if name in IMAGE_JOBS}
+    chosen = {name: job for name, job in chosen.items() if name not in seeing}
     make_arms(work)
     if "semantic-features" in steps:
         failed += extract_features(work, jobs=jobs, chosen=chosen)
+        failed += features_that_see(work, jobs=jobs) if seeing else []
     if "semantic-train" in steps:
         failed += train_semantic(work, jobs=jobs, chosen=chosen)
+        failed += train_images(work, jobs=jobs, chosen=seeing) if seeing else []
     if "semantic-bench" in steps:
         failed += measure_semantic(work, jobs=jobs)
+        failed += judge_images(work, jobs=jobs)
     if "semantic-pages" in steps:
         write_semantic_pages(work)
     return failed

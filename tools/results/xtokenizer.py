@@ -46,13 +46,28 @@ ARMS: Mapping[str, tuple[str, str]] = {
     "arm_xarm7": ("robosuite", "*_XArm7.npz"),
     "arm_libero": ("libero", "*.npz"),
 }
+# Recorded with images: what `actok teacher` learns from.
+IMAGES: Mapping[str, str] = {"metaworld_img64": "sim/metaworld_img64", "robosuite_img64": "sim/robosuite_img64"}
 # Of a batch of the union. The arms' paths stand in the place of robosuite's commands, which are the same for all of them.
 UNION: Mapping[str, int] = {
     **{name: ratio for name, ratio in RATIOS.items() if name != "robosuite"},
     **dict.fromkeys(ARMS, 5),
 }
-# (The Unitree G1 has channels that no other robot has: `adapt` refuses it.)
-LEFT_OUT = ("arm_ur5e", "aloha_sim")
+# (The Unitree G1 and the Adroit hand have channels that no other robot has: `adapt` refuses them.)
+LEFT_OUT = (
+    "arm_ur5e",
+    "aloha_sim",
+    "metaworld",
+    "arm_panda",
+    "libero",
+    "bridge_widowx",
+    "arm_libero",
+    "arm_iiwa",
+    "robosuite_human_lift",
+    "arm_kinova3",
+    "arm_xarm7",
+    "robosuite_human_handover",
+)
 # Objectives that are changed or switched off, over the preset's.
 NONE: Mapping[str, Any] = {"masking": 0, "contrast": 0, "prediction": 0}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -71,14 +86,18 @@ MATCHED = {"latent_parts": 5, "block": 5, "quantizer": {"levels": 4, "codes": 51
 
 __all__ = [
     "ABLATION",
+    "ABLATION_STEPS",
     "ARMS",
+    "IMAGES",
     "LEFT_OUT",
+    "NONE",
     "SEEDS",
     "SEMANTIC_JOBS",
     "UNION",
     "VARIANTS",
     "SemanticJob",
     "Workshop",
+    "X",
     "extract_features",
     "make_arms",
     "train_semantic",
@@ -125,9 +144,15 @@ class Workshop:
     def sources(self) -> dict[str, Source]:
         """Data sets by name, those that are made of achieved paths included."""
         found = dict(self.places.sources)
-        return found | {
-            name: Source(name=name, path=str(self.root / "arms" / name)) for name in ARMS if ARMS[name][0] in found
-        }
+        arms = {name: Source(name=name, path=str(self.root / "arms" / name)) for name in ARMS if ARMS[name][0] in found}
+        return found | arms | self.images
+
+    @property
+    def images(self) -> dict[str, Source]:
+        """Data sets with images that are at hand, by name."""
+        root = self.places.data_root
+        paths = {} if root is None else {name: root / path for name, path in IMAGES.items()}
+        return {name: Source(name=name, path=str(path)) for name, path in paths.items() if path.exists()}
 
     def folder(self, name: str) -> Path:
         """Of a job."""
@@ -154,10 +179,10 @@ class SemanticJob(Job):
 
     def drawn(self, work: Workshop) -> list[Source] | None:
         """The data it is trained on; None where some of them are not at hand."""
-        found = {name: s for name, s in work.sources.items() if name in UNION}
+        found = work.sources
         if any(name not in found for name in (*self.only, *self.without)):
             return None
-        return [s for n, s in found.items() if (not self.only or n in self.only) and n not in self.without]
+        return [s for n, s in found.items() if n in (self.only or UNION) and n not in self.without]
 
 
 def _ablation(variant: str, seed: int) -> SemanticJob:
@@ -288,7 +313,7 @@ def specification(job: SemanticJob, work: Workshop) -> dict[str, Any] | None:
                 "features": work.teacher_identity if job.features else None,
                 "horizon": HORIZON,
                 "seed": SEED,
-                "data": [{**s.identity(), "ratio": UNION[s.name]} for s in sources],
+                "data": [{**s.identity(), "ratio": UNION.get(s.name, 1)} for s in sources],
             }
         )
     )
@@ -326,6 +351,12 @@ def command(job: SemanticJob, work: Workshop, spec: Mapping[str, Any]) -> list[s
     return text + (["--align", *assignments(job.align)] if job.align else [])
 
 
+def _mixture(job: SemanticJob, work: Workshop) -> dict[str, str]:
+    """The mixture file of a job of several data sets."""
+    sources = job.drawn(work) or []
+    return {"mixture.toml": mixture(sources, UNION)} if len(sources) > 1 else {}
+
+
 def train_semantic(
     work: Workshop,
     *,
@@ -347,7 +378,7 @@ def train_semantic(
                     name=name,
                     folder=work.folder(name),
                     spec=spec,
-                    files={"mixture.toml": mixture(job.drawn(work) or [], UNION)},
+                    files=_mixture(job, work),
                     command=command(job, work, spec),
                     said=f"{spec['training']['steps']} steps, log {work.folder(name) / 'log.txt'}",
                 )

@@ -124,9 +124,12 @@ def _arms(work: Workshop, chosen: Jobs) -> list[str]:
 
 
 def measure_arms(work: Workshop, chosen: Jobs = SEMANTIC_JOBS) -> list[str]:
-    """Errors of every tokenizer on the test chunks of every robot it is meant for, in arms.json; what failed is named."""
-    everywhere = [Judged(label=n, folder=work.tokenizer(n)) for n in trained(work, ["union", "left_out"], chosen)]
-    alone = trained(work, ["alone"], chosen)
+    """Errors of every tokenizer on the test chunks of every robot it is meant for, in arms.json; what failed is named.
+
+    Those of all robots are meant for each, one without a robot for that robot through `adapt`, one of a robot for that one.
+    """
+    everywhere = [Judged(label=n, folder=work.tokenizer(n)) for n in trained(work, ["union"], chosen)]
+    single = trained(work, ["left_out", "alone"], chosen)
     robots = {name for job in chosen.values() if job.part != "ablation" for name in _names(job, work)}
     sources = [s for name, s in work.sources.items() if name in robots]
     prepared = {s.name: _prepared(s) for s in sources}
@@ -135,7 +138,7 @@ def measure_arms(work: Workshop, chosen: Jobs = SEMANTIC_JOBS) -> list[str]:
     store = UnitStore(work.root / "bench" / "units")
     units, failed = [], []
     for source in sources:
-        own = [n for n in alone if chosen[n].only == (source.name,)]
+        own = [n for n in single if (source.name,) in (chosen[n].only, chosen[n].without)]
         for judged in [*everywhere, *(Judged(label=n, folder=work.tokenizer(n)) for n in own)]:
             one = prepared[source.name]
             key = store.key(semantic=1, dataset=one.key, seed=SEED, **judged.identity())

@@ -21,6 +21,7 @@ from results.xtokenizer import (
     Workshop,
     trained,
 )
+from results.xtokenizer_images_page import images_body, images_page
 from results.xtokenizer_measure import REFERENCES
 from results.xtokenizer_pictures import draw_codes, draw_maps
 from results.xtokenizer_tables import (
@@ -71,6 +72,8 @@ def write_semantic_pages(work: Workshop, chosen: Mapping[str, SemanticJob] = SEM
     for name in (draw_maps(pictures, work.pages / "maps.png"), drawn):
         if name is not None:
             print(f"pages: {name}")
+    seen = images_body(work)
+    write("images", images_page(seen), seen)
     jobs = {name: _facts(work, name) for name in trained(work, [j.part for j in chosen.values()], chosen)}
     write("training", training_page(jobs), {"jobs": jobs})
     write_bytes(work.pages / "README.md", index_page(work, first, speed, jobs).rstrip() + "\n")
@@ -176,6 +179,7 @@ def index_page(
         "",
         "* [Ablation](ablation.md): every objective left out in turn, plain residual VQ, FASTerVQ with and without",
         "* [Many arms](arms.md): one frozen tokenizer for all robots, robots left out, codes that arms share",
+        "* [Features that see](images.md): a teacher that is shown the images, trained here",
         "* [Codes](codes.md): pictures and examples",
         "* [Training](training.md): steps, seconds, parameters",
         "",

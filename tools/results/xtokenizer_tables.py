@@ -40,14 +40,20 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 
 __all__ = [
     "COMMAND",
+    "LEVELS",
+    "PROBED",
     "PUBLISHED",
     "ablation_page",
     "arms_page",
+    "cell",
     "conditions",
+    "limits",
+    "plain",
     "rows_by_seed",
     "semantic_figures",
     "semantic_row",
     "share",
+    "whole",
 ]
 
 Column = tuple[str, str, Callable[[float], str]]
@@ -99,11 +105,11 @@ def rows_by_seed(variant: str, units: Sequence[tuple[int, Mapping[str, Any]]]) -
     return {str(seed): semantic_row(u) for seed, u in named}
 
 
-def _plain(value: float) -> str:
+def plain(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _whole(value: float) -> str:
+def whole(value: float) -> str:
     return f"{value:.0f}"
 
 
@@ -111,7 +117,7 @@ def share(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _cell(rows: Mapping[str, Mapping[str, float]], column: str, text: Callable[[float], str]) -> str:
+def cell(rows: Mapping[str, Mapping[str, float]], column: str, text: Callable[[float], str]) -> str:
     """Mean over the seeds and, where there are several, the range."""
     values = [row[column] for row in rows.values() if column in row]
     if not values:
@@ -125,7 +131,7 @@ def _table(body: Mapping[str, Any], columns: Sequence[Column], *, published: boo
     lines.append("|---|" + "---:|" * len(columns))
     rows = {**body["variants"], **body["references"]}
     for name, found in rows.items():
-        cells = [_cell(found, column, text) for _, column, text in columns]
+        cells = [cell(found, column, text) for _, column, text in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for name, figure in body["published"].items() if published else ():
         cells = [text(figure[column]) if column in figure else "-" for _, column, text in columns]
@@ -140,7 +146,7 @@ def _table(body: Mapping[str, Any], columns: Sequence[Column], *, published: boo
 def ablation_page(body: Mapping[str, Any]) -> str:
     """Every variant with the same columns."""
     tasks = "" if body["tasks"] is None else f" ({body['tasks']} tasks)"
-    noise: list[Column] = [(f"noise {s}", f"noise_{s}", _plain) for s in ("0.004", "0.006", "0.008")]
+    noise: list[Column] = [(f"noise {s}", f"noise_{s}", plain) for s in ("0.004", "0.006", "0.008")]
     lines = [
         "# Which objective makes the codes semantic?",
         "",
@@ -162,10 +168,10 @@ def ablation_page(body: Mapping[str, Any]) -> str:
         *_table(
             body,
             [
-                ("bits", "bits", _whole),
-                ("l1", "l1", _plain),
-                ("VRR at 0.03", "vrr_0.03", _plain),
-                ("VRR at 0.1", "vrr_0.1", _plain),
+                ("bits", "bits", whole),
+                ("l1", "l1", plain),
+                ("VRR at 0.03", "vrr_0.03", plain),
+                ("VRR at 0.1", "vrr_0.1", plain),
                 *noise,
             ],
             published=True,
@@ -180,12 +186,12 @@ def ablation_page(body: Mapping[str, Any]) -> str:
             body,
             [
                 *((f"probe: {label}", f"probe_{label}_0", share) for label in PROBED),
-                ("bits: instruction", "bits_instruction_0", _plain),
-                ("bits: phase", "bits_phase_0", _plain),
+                ("bits: instruction", "bits_instruction_0", plain),
+                ("bits: phase", "bits_phase_0", plain),
             ],
         ),
         "",
-        _limits(body),
+        limits((body["labels"] or {}).get("raw") or {}),
         "",
         "The same probe for the phase, level by level, and for all codes together:",
         "",
@@ -207,8 +213,8 @@ def ablation_page(body: Mapping[str, Any]) -> str:
                 ("by chance", "text_to_chunk_chance1", share),
                 ("chunk to text", "chunk_to_text_recall1", share),
                 ("by chance", "chunk_to_text_chance1", share),
-                ("substitution", "substitution_difference", _plain),
-                ("with state", "substitution_state_difference", _plain),
+                ("substitution", "substitution_difference", plain),
+                ("with state", "substitution_state_difference", plain),
             ],
         ),
         "",
@@ -216,16 +222,15 @@ def ablation_page(body: Mapping[str, Any]) -> str:
         "",
         "The published pattern is that level 0 has the lowest perplexity.",
         "",
-        *_table(body, [(f"perplexity {q}", f"perplexity_{q}", _whole) for q in LEVELS], published=True),
+        *_table(body, [(f"perplexity {q}", f"perplexity_{q}", whole) for q in LEVELS], published=True),
         "",
         *_table(body, [(f"used {q}", f"used_{q}", share) for q in LEVELS], published=True),
     ]
     return "\n".join(lines)
 
 
-def _limits(body: Mapping[str, Any]) -> str:
-    """What a probe could reach, and what it would reach without looking."""
-    raw = (body["labels"] or {}).get("raw") or {}
+def limits(raw: Mapping[str, Any]) -> str:
+    """What a probe of the chunks themselves reaches, and what it would reach without looking."""
     known = [
         f"{label} {share(raw[label]['accuracy'])} and {share(raw[label]['majority'])}"
         for label in PROBED

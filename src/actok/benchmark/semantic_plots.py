@@ -74,9 +74,9 @@ def write_pictures(results: Mapping[str, Any], folder: Path) -> list[Path]:
         for name, figures in sets:
             for number, (title, svg) in enumerate(figures, 1):
                 stem = re.sub(r"[^0-9A-Za-z._-]+", "_", f"{dataset['name']}-{name}-{number}")
-                head = svg.replace("<svg", f'<svg xmlns="{SVG}" xmlns:xlink="{XLINK}"', 1).replace(
-                    ">", f"><title>{escape(title)}</title>", 1
-                )
+                # On a white ground: what takes the page's colour is black where there is no page.
+                ground = f'><title>{escape(title)}</title><rect width="100%" height="100%" fill="#fff"/>'
+                head = svg.replace("<svg", f'<svg xmlns="{SVG}" xmlns:xlink="{XLINK}"', 1).replace(">", ground, 1)
                 written.append(write_bytes(folder / f"{stem}.svg", head + "\n"))
     return written
 
