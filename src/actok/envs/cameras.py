@@ -2,28 +2,73 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from actok.core.errors import ActokError
+from actok.core.errors import ActokError, ConfigError
 
-__all__ = ["Cameras", "choose_backend"]
+__all__ = ["Cameras", "check_views", "choose_backend"]
+
+
+def check_views(simulator: str, views: Sequence[str] | str, known: Sequence[str], image_size: int) -> tuple[str, ...]:
+    """The views of an environment's constructor as a tuple; where there are any, `choose_backend` was called.
+
+    Raises ConfigError for a view that is not in `known` and for an impossible image size (height and width in pixels).
+    """
+    chosen = (views,) if isinstance(views, str) else tuple(views)
+    for view in chosen:
+        if view not in known:
+            raise ConfigError(f"{simulator} has no view {view!r}; it has {', '.join(known)}")
+    if not isinstance(image_size, int) or not 16 <= image_size <= 2048:
+        raise ConfigError(f"image_size is {image_size!r}; give a whole number of pixels from 16 to 2048")
+    if chosen:
+        choose_backend()
+    return chosen
 
 
 def choose_backend() -> None:
-    """Before MuJoCo is first imported: on a Linux machine without a display, render with EGL unless told otherwise."""
-    if sys.platform == "linux" and "mujoco" not in sys.modules and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    """Before MuJoCo is first imported: how to render on a Linux machine without a display, unless MUJOCO_GL says it.
+
+    EGL where its library is installed (it uses a GPU where there is one), else OSMesa, which renders in software. Where
+    neither is installed EGL is named, and making the cameras says what to install.
+    """
+    if sys.platform != "linux" or "mujoco" in sys.modules or os.environ.get("DISPLAY"):
+        return
+    missing = not _loads("libEGL.so.1") and _loads("libOSMesa.so.8", "libOSMesa.so.6")
+    os.environ.setdefault("MUJOCO_GL", "osmesa" if missing else "egl")
+
+
+def _loads(*libraries: str) -> bool:
+    """Whether one of the shared libraries is installed."""
+    for library in libraries:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        return True
+    return False
 
 
 class Cameras:
-    """Named cameras of one model. `views` are camera names; those in `upside_down` are turned by 180 degrees."""
+    """Named cameras of one model. `views` are camera names; those in `upside_down` are turned by 180 degrees. Geoms of
+    the groups `hidden` (0 to 5), e.g. those that only collide, are not drawn.
+    """
 
-    def __init__(self, model: Any, views: Sequence[str], size: int, upside_down: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        views: Sequence[str],
+        size: int,
+        upside_down: Sequence[str] = (),
+        hidden: Sequence[int] = (),
+    ) -> None:
         import mujoco
 
         # Shadows and multisampling cost six to ten times the rest of the picture on a software renderer.
@@ -39,17 +84,34 @@ class Cameras:
                 " set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa, or make the environment without views"
             ) from error
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self._option = mujoco.MjvOption()
+        for group in hidden:
+            self._option.geomgroup[group] = 0
         self._views, self._upside_down = tuple(views), frozenset(upside_down)
+        if not _OPEN:
+            atexit.unregister(_close_all)
+            atexit.register(_close_all)  # after MuJoCo's own function, so that it runs before
+        _OPEN.add(self)
 
     def images(self, data: Any) -> Mapping[str, np.ndarray]:
         """View name -> uint8 [size, size, 3] of the current state."""
         found = {}
         for view in self._views:
-            self._renderer.update_scene(data, camera=view)
+            self._renderer.update_scene(data, camera=view, scene_option=self._option)
             image = self._renderer.render()
             found[view] = np.ascontiguousarray(image[::-1, ::-1]) if view in self._upside_down else image.copy()
         return found
 
     def close(self) -> None:
         """Free the OpenGL context."""
+        _OPEN.discard(self)
         self._renderer.close()
+
+
+# MuJoCo ends EGL when the interpreter leaves; a context that is freed later complains at length.
+_OPEN: weakref.WeakSet[Cameras] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for cameras in list(_OPEN):
+        cameras.close()

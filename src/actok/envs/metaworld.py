@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from actok.core.errors import ConfigError, DataError, MissingExtraError
-from actok.core.registry import CONFIGS, read_toml
 from actok.core.spaces import ActionSpace
-from actok.envs.base import Env, Expert, ExpertAction, Observation, packaged_space
+from actok.envs.base import Env, Expert, ExpertAction, Observation
 from actok.envs.branches import branches_of
 from actok.envs.cameras import Cameras, check_views
+from actok.envs.packaged import packaged_instructions, packaged_space
 
 VIEWS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
 # Meta-World mounts its corner cameras upside down.
@@ -92,8 +92,7 @@ class MetaWorldEnv(Env):
 
     @cached_property
     def _instructions(self) -> Mapping[str, str]:
-        words: Mapping[str, str] = read_toml(CONFIGS / "envs" / "metaworld.toml")["instructions"]
-        return words
+        return packaged_instructions("metaworld")
 
     def instruction(self, task: str) -> str:
         """The task in words; Meta-World has none, these are ours."""
