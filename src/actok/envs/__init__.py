@@ -1,14 +1,5 @@
 """Simulators behind one small interface, each an optional extra."""
 
-from actok.envs.base import (
-    Env,
-    Expert,
-    ExpertAction,
-    Observation,
-    env_class,
-    list_envs,
-    make_env,
-    packaged_space,
-)
+from actok.envs.base import Env, Expert, ExpertAction, Observation, env_class, list_envs, make_env
 
-__all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env", "packaged_space"]
+__all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env"]

@@ -11,13 +11,13 @@ import importlib.metadata
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from actok.core.errors import ConfigError, DataError
-from actok.core.registry import CONFIGS, load_target, read_toml, suggest
+from actok.core.registry import load_target, suggest
 from actok.core.spaces import ActionSpace
 
 ENTRY_POINT_GROUP = "actok.envs"
@@ -26,7 +26,7 @@ BUILT_IN: Mapping[str, str] = {
     "metaworld-state": "actok.envs.metaworld:MetaWorldStateEnv",
 }
 
-__all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env", "packaged_space"]
+__all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -174,14 +174,6 @@ class Env(ABC):
         if not np.isfinite(array).all():
             raise DataError(f"action {array.tolist()} is not finite; never execute an undecodable sequence")
         return array
-
-
-def packaged_space(name: str) -> ActionSpace:
-    """The action space of configs/spaces/<name>.toml, for environments that act in it."""
-    values = read_toml(CONFIGS / "spaces" / f"{name}.toml")
-    # The file also says how readers recognise data of this space, and where its groups go in wider ones.
-    known = {f.name for f in fields(ActionSpace)} | {"mode"}
-    return ActionSpace.from_dict({key: value for key, value in values.items() if key in known})
 
 
 def list_envs() -> dict[str, str]:
