@@ -9,41 +9,20 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from actok.backbones.images import FixedImages, PatchImages
-from actok.backbones.source import ModelSource, load_network, load_text_tokenizer
-from actok.core.errors import ConfigError, DataError
-
-TEXT = "{text}"
+from actok.backbones.prompts import TEXT, PromptBatch, fill_prompts, load_chat_tokenizer, qwen_form
+from actok.backbones.source import ModelSource, load_network
+from actok.core.errors import ConfigError
 
 __all__ = ["PaliGemma", "PromptBatch", "QwenVL", "VisionLanguageModel"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PromptBatch:
-    """Prompts of one batch, on the model's device.
-
-    Attributes:
-        ids: int64 [B, L], padded on the right.
-        real: bool [B, L], False on padding.
-        is_image: bool [B, L], the tokens that images fill.
-        is_text: bool [B, L], the tokens of the given text; neither where the token belongs to the prompt's form.
-        pixels: further arguments of the model's forward pass (pixel values, grids).
-    """
-
-    ids: Int[Tensor, "B L"]
-    real: Bool[Tensor, "B L"]
-    is_image: Bool[Tensor, "B L"]
-    is_text: Bool[Tensor, "B L"]
-    pixels: Mapping[str, Tensor]
 
 
 class VisionLanguageModel(ABC):
@@ -80,7 +59,7 @@ class VisionLanguageModel(ABC):
         )
         self.source = source
         self.network: Any = full.model
-        self.text_tokenizer = load_text_tokenizer(source)
+        self.text_tokenizer = load_chat_tokenizer(source)
         self.image_id = int(getattr(full.config, "image_token_id", None) or full.config.image_token_index)
         self.image_token = str(self.text_tokenizer.convert_ids_to_tokens(self.image_id))
         self.dim = int(full.config.get_text_config().hidden_size)
@@ -127,28 +106,10 @@ class VisionLanguageModel(ABC):
         Raises DataError where a text contains the image token or no token at all.
         """
         pixels, tokens = self._pixels(images) if images else ({}, [])
-        before, after = self.prompt(len(images)).split(TEXT)
-        opening, *pieces = before.split(self.image_token)
-        before = opening + "".join(self.image_token * n + piece for n, piece in zip(tokens, pieces, strict=True))
-        coded = self.text_tokenizer(
-            [before + text + after for text in texts], add_special_tokens=False, return_offsets_mapping=True
-        )
-        length = max(map(len, coded["input_ids"]))
-        ids = torch.zeros(len(texts), length, dtype=torch.int64)
-        real, is_text = torch.zeros(2, len(texts), length, dtype=torch.bool)
-        for row, (text, row_ids, spans) in enumerate(
-            zip(texts, coded["input_ids"], coded["offset_mapping"], strict=True)
-        ):
-            ids[row, : len(row_ids)] = torch.tensor(row_ids)
-            real[row, : len(row_ids)] = True
-            first, last = len(before), len(before) + len(text)
-            is_text[row, : len(row_ids)] = torch.tensor([a < last and b > first and b > a for a, b in spans])
-            if row_ids.count(self.image_id) != sum(tokens) or not is_text[row].any():
-                raise DataError(f"the text {text!r} is empty or contains {self.image_token}; give plain words")
-        is_image = (ids == self.image_id) & real
-        made = {"ids": ids, "real": real, "is_image": is_image, "is_text": is_text}
+        made = fill_prompts(self.prompt(len(images)), texts, tokens, self.text_tokenizer, self.image_id)
         return PromptBatch(
-            **{k: v.to(self.device) for k, v in made.items()}, pixels={k: v.to(self.device) for k, v in pixels.items()}
+            **{k: v.to(self.device) for k, v in vars(made).items()},
+            pixels={k: v.to(self.device) for k, v in pixels.items()},
         )
 
     def hidden(self, batch: PromptBatch) -> Float[Tensor, "B L F"]:
@@ -183,26 +144,13 @@ class QwenVL(VisionLanguageModel):
         """As the base class; `max_pixels` bounds the area of an image, hence its tokens (None: the model's own bound)."""
         super().__init__(source, layer=layer, device=device, dtype=dtype)
         self.images = PatchImages.load(source, max_pixels)
-        if self.text_tokenizer.chat_template is None:
-            kept = source.read("chat_template.json") or {}
-            self.text_tokenizer.chat_template = kept.get("chat_template")
 
     def prompt(self, views: int) -> str:
         """One turn of the user through the tokenizer's chat template: the images in order, then the text.
 
         Without a template: the same turn in Qwen's plain form. Raises ConfigError where the template has no place for images.
         """
-        if self.text_tokenizer.chat_template is None:
-            image = f"<|vision_start|>{self.image_token}<|vision_end|>"
-            return f"<|im_start|>user\n{image * views}{TEXT}<|im_end|>\n"
-        content = [{"type": "image"}] * views + [{"type": "text", "text": TEXT}]
-        form = self.text_tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        if form.count(self.image_token) != views or form.count(TEXT) != 1:
-            raise ConfigError(
-                f"the chat template of {self.source.name} makes {form.count(self.image_token)} images of {views}; use the"
-                " template of the published model"
-            )
-        return str(form)
+        return qwen_form(self.text_tokenizer, self.image_token, views, self.source.name)
 
     def _pixels(self, images: Sequence[np.ndarray]) -> tuple[dict[str, Tensor], list[int]]:
         views = [self.images(x) for x in images]
