@@ -24,6 +24,14 @@ ENTRY_POINT_GROUP = "actok.envs"
 BUILT_IN: Mapping[str, str] = {
     "metaworld": "actok.envs.metaworld:MetaWorldEnv",
     "metaworld-state": "actok.envs.metaworld:MetaWorldStateEnv",
+    "robosuite-iiwa": "actok.envs.robosuite:IIWAEnv",
+    "robosuite-iiwa-state": "actok.envs.robosuite:IIWAStateEnv",
+    "robosuite-kinova3": "actok.envs.robosuite:Kinova3Env",
+    "robosuite-kinova3-state": "actok.envs.robosuite:Kinova3StateEnv",
+    "robosuite-panda": "actok.envs.robosuite:PandaEnv",
+    "robosuite-panda-state": "actok.envs.robosuite:PandaStateEnv",
+    "robosuite-ur5e": "actok.envs.robosuite:UR5eEnv",
+    "robosuite-ur5e-state": "actok.envs.robosuite:UR5eStateEnv",
 }
 
 __all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env"]

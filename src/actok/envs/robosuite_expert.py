@@ -1,0 +1,144 @@
+"""A scripted expert for picking something up with robosuite's OSC_POSE controller, and for putting it somewhere.
+
+It is a pure function of the state: which sub-task it is at follows from where things are, never from what it did
+before. So it recovers from what disturbs it, and its demonstrations are of a policy that an observation suffices for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from actok.core.errors import DataError
+from actok.envs.base import Expert, ExpertAction, Observation
+
+# What one unit of an action means: robosuite's default OSC_POSE, 0.05 m and 0.5 rad.
+METRES, RADIANS = 0.05, 0.5
+# The controller goes about a third of the way to its target in one step; asking for more than the distance makes up
+# for that, and for friction, which stops some arms short of a target near by.
+POSITION_GAIN, ROTATION_GAIN = 2.0, 1.0
+OPEN, CLOSE = -1.0, 1.0
+HOVER = 0.10  # m above the object, where the gripper turns and waits
+SUBTASKS = ("approach", "descend", "grasp", "lift", "transport", "lower", "release", "retreat")
+
+__all__ = ["SceneState", "Waypoints"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SceneState:
+    """What the expert knows, as the vector `Observation.state` [25] holds it; world axes, m, quaternions xyzw.
+
+    Attributes:
+        gripper: [3] the point between the fingertips.
+        approach: [3] unit vector along the fingers; (0, 0, -1) points straight down.
+        fingers: [3] from the left finger pad to the right one; its length is the opening.
+        command: where the gripper's motor is told to be: -1 open, 1 closed.
+        held: 1 where both pads touch the object, else 0.
+        object_pose: [7] of the object to be picked up.
+        goal_pose: [7] where it is to be.
+    """
+
+    gripper: np.ndarray
+    approach: np.ndarray
+    fingers: np.ndarray
+    command: float
+    held: float
+    object_pose: np.ndarray
+    goal_pose: np.ndarray
+
+    def to_vector(self) -> np.ndarray:
+        """float64 [25]."""
+        parts = (self.gripper, self.approach, self.fingers, [self.command, self.held], self.object_pose, self.goal_pose)
+        return np.concatenate(parts).astype(np.float64)
+
+    @classmethod
+    def from_vector(cls, vector: np.ndarray) -> SceneState:
+        """From float64 [25]. Raises DataError for another size."""
+        if vector.shape != (25,):
+            raise DataError(f"the state has shape {vector.shape}, the expert reads [25]; give one of RobosuiteEnv")
+        return cls(
+            gripper=vector[0:3],
+            approach=vector[3:6],
+            fingers=vector[6:9],
+            command=float(vector[9]),
+            held=float(vector[10]),
+            object_pose=vector[11:18],
+            goal_pose=vector[18:25],
+        )
+
+
+class Waypoints(Expert):
+    """Goes above the object, down, grasps, lifts; with `carry_height` (m, of the object on its way) also carries it to
+    the goal, lowers it, lets go and moves off. Without, it lifts the object to the goal's height.
+    """
+
+    def __init__(self, carry_height: float | None = None) -> None:
+        self._carry_height = carry_height
+        self.subtask_names = SUBTASKS[:4] if carry_height is None else SUBTASKS
+
+    def __call__(self, observation: Observation) -> ExpertAction:
+        """See Expert; actions within [-1, 1]."""
+        if observation.state is None:
+            raise DataError("the observation has no state; give one of RobosuiteEnv")
+        s = SceneState.from_vector(observation.state)
+        subtask, target, gripper = self._decide(s)
+        move = POSITION_GAIN / METRES * (target - s.gripper)
+        turn = ROTATION_GAIN / RADIANS * _turn(s)
+        action = np.clip(np.concatenate([move, turn, [gripper]]), -1, 1)
+        return ExpertAction(action=action.astype(np.float32), subtask=SUBTASKS.index(subtask))
+
+    def _decide(self, s: SceneState) -> tuple[str, np.ndarray, float]:
+        """Sub-task, where the gripper should go [3], and what it should do."""
+        thing, goal = s.object_pose[:3], s.goal_pose[:3]
+        reach = thing - s.gripper
+        aside = float(np.hypot(*reach[:2]))
+        up = np.array([0.0, 0.0, 1.0])
+        if self._carry_height is not None and _rests(s):
+            if s.command > -0.9 and aside < 0.04:
+                return "release", s.gripper, OPEN
+            return "retreat", s.gripper + 0.05 * up, OPEN
+        if s.held and s.command > 0.9:
+            if self._carry_height is None:
+                return "lift", s.gripper + (goal - thing) * up, CLOSE
+            return self._carry(s, self._carry_height)
+        # While the fingers close they may push the object: what was near enough to begin stays near enough.
+        near = 0.012 if s.command < 0 else 0.025
+        if aside < near and abs(reach[2]) < near:
+            return "grasp", thing, CLOSE
+        # Going down, the gripper may be further off than where it begins to.
+        begun = s.gripper[2] < thing[2] + HOVER - 0.03
+        if aside < (0.02 if begun else 0.008):
+            return "descend", thing, OPEN
+        return "approach", thing + HOVER * up, OPEN
+
+    def _carry(self, s: SceneState, height: float) -> tuple[str, np.ndarray, float]:
+        thing, goal = s.object_pose[:3], s.goal_pose[:3]
+        aside = float(np.hypot(*(goal - thing)[:2]))
+        low = thing[2] < height - 0.02
+        if aside < (0.02 if low else 0.008):
+            if thing[2] > goal[2] + 0.005:
+                return "lower", s.gripper + goal - thing, CLOSE
+            return "release", s.gripper, OPEN
+        if low and aside > 0.04:
+            return "lift", s.gripper + np.array([0.0, 0.0, height + 0.01 - thing[2]]), CLOSE
+        return "transport", s.gripper + np.array([*(goal - thing)[:2], height - thing[2]]), CLOSE
+
+
+def _rests(s: SceneState) -> bool:
+    """Whether the object is where it should be and nobody holds it there."""
+    off = s.object_pose[:3] - s.goal_pose[:3]
+    return not s.held and float(np.hypot(*off[:2])) < 0.03 and abs(off[2]) < 0.012
+
+
+def _turn(s: SceneState) -> np.ndarray:
+    """Rotation vector [3], rad, that points the fingers down and lays their line along the nearest side of the object.
+
+    Objects are boxes as far as a grasp from above goes: four sides, so at most an eighth of a turn.
+    """
+    tilt = np.cross(s.approach, [0.0, 0.0, -1.0])
+    side = Rotation.from_quat(s.object_pose[3:]).apply([1.0, 0.0, 0.0])
+    angle = np.arctan2(side[1], side[0]) - np.arctan2(s.fingers[1], s.fingers[0])
+    yaw = (angle + np.pi / 4) % (np.pi / 2) - np.pi / 4
+    return tilt + np.array([0.0, 0.0, yaw])
