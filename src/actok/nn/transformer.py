@@ -271,9 +271,12 @@ def turn(
 
 
 def rotate(
-    x: Float[Tensor, "B H L E"], base: float = 1e4, positions: Float[Tensor, "L"] | None = None
+    x: Float[Tensor, "B H L E"], base: float = 1e4, positions: Num[Tensor, "*batch L"] | None = None
 ) -> Float[Tensor, "B H L E"]:
-    """Rotary positions (0..L-1 unless given): channel pair (i, i + E/2) turns by position * base^(-2i/E)."""
+    """Rotary positions: channel pair (i, i + E/2) turns by position * base^(-2i/E).
+
+    `positions` are [L], or [B, L] where they differ in the batch; 0..L-1 unless given.
+    """
     if positions is None:
         positions = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)
     return turn(x, *rotary_angles(positions, x.shape[-1], base))

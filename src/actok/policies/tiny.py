@@ -153,7 +153,10 @@ class TinyVLM(DecoderBackbone):
 
     @classmethod
     def create(cls, config: TinyConfig, texts: Iterable[str], views: Sequence[str] = ()) -> TinyVLM:
-        """Untrained, with a text tokenizer for these instructions; weights from torch's own generator."""
+        """Untrained, with a text tokenizer for these texts; weights from torch's own generator.
+
+        `texts` are prompts as they will be read, so that a word is a token where it stands in them; numbers need not be in them.
+        """
         return cls(config, fit_text(texts, config.text_vocab), views)
 
     # -- ids ------------------------------------------------------------------------------------------------------
@@ -298,14 +301,12 @@ class TinyVLM(DecoderBackbone):
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
         """The untrained twin of the network that gave `spec()` and `files()`. Raises ArtifactError naming what is wrong."""
-        from tokenizers import Tokenizer
-
         try:
             if spec["kind"] != KIND:
                 raise ArtifactError(
                     f"the backbone is of kind {spec['kind']!r}, not {KIND!r}; load it with its own class"
                 )
-            text = Tokenizer.from_str(files[TEXT_FILE].decode())
+            text = _read_text(files[TEXT_FILE])
             found = cls(build_config(TinyConfig, spec["config"], NAME), text, tuple(spec["views"]))
             found.resize(int(spec["rows"]))
         except KeyError as error:
@@ -378,6 +379,16 @@ def fit_text(texts: Iterable[str], vocab: int) -> Tokenizer:
     text.pre_tokenizer = splitting
     text.decoder = decoders.ByteLevel()
     return text
+
+
+def _read_text(content: bytes) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises nothing more specific
+        reason = " ".join(str(error).split())[:160]
+        raise ArtifactError(f"{TEXT_FILE} is truncated or edited ({reason}); copy the whole folder again") from None
 
 
 def _number_words() -> list[str]:
