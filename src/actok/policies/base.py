@@ -125,6 +125,10 @@ class Policy(nn.Module, ABC):
     def losses(self, batch: PolicyBatch) -> Mapping[str, Tensor]:
         """Weighted losses by name; their sum is trained."""
 
+    def report(self) -> Mapping[str, float]:
+        """What the last `losses` outside training noted beside the losses, by name: e.g. the accuracy of codes."""
+        return {}
+
     def forward(self, batch: PolicyBatch) -> Mapping[str, Tensor]:
         """`losses`: what data-parallel wrappers call."""
         return self.losses(batch)

@@ -124,6 +124,11 @@ class Report:
         self._since, self._waited = now, waited
         self._tell(line)
 
+    @property
+    def last_losses(self) -> dict[str, float]:
+        """Mean losses by name of the last window that was read; none where none was."""
+        return dict(self._last.get("losses", {}))
+
     def validation(self, metrics: Mapping[str, Any], seconds: float, *, told: str, shown: Mapping[str, str]) -> None:
         """Tell what an evaluation found, which took so long: in words, and by the names on the bar."""
         self._since += seconds
