@@ -9,7 +9,8 @@ from scipy.spatial.transform import Rotation
 from actok.core import ActionSpace, ChunkContext, ConfigError, DataError, FitPart, TokenLayout, Tokens
 from actok.data import open_dataset
 from actok.data.arrays import from_arrays
-from actok.evaluation.shared_motion import ArmChunks, SameMotion, achieved_poses, arm_chunks, shared_codes
+from actok.evaluation.achieved import ArmChunks, achieved_poses, arm_chunks
+from actok.evaluation.shared_motion import SameMotion, shared_codes
 from actok.training import fit_parts
 from realdata import REAL, needs_real
 

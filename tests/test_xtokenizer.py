@@ -20,7 +20,8 @@ from actok.data import find_space  # noqa: E402
 from actok.signal.rotations import geodesic_distance, to_matrix  # noqa: E402
 from actok.signal.statistics import Statistics  # noqa: E402
 from actok.tokenizers.export import ExportError, export_onnx  # noqa: E402
-from actok.tokenizers.xtokenizer import XTokenizer, XTokenizerConfig, angle_between, slots_of  # noqa: E402
+from actok.tokenizers.xtokenizer import XTokenizer, XTokenizerConfig  # noqa: E402
+from actok.tokenizers.xtokenizer_codec import angle_between, slots_of  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -38,7 +38,7 @@ from results.xtokenizer import (
 DATA = "metaworld_img64"
 # The same tasks, more episodes, no images: below DATA_ROOT.
 NEW = "sim/metaworld_state"
-TEACHER_STEPS = 400
+TEACHER_STEPS = 800
 VARIANTS = ("images", "words", "neither")
 JUDGED = ("own", "new")
 

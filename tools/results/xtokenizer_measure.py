@@ -29,7 +29,8 @@ from actok.benchmark.results import UnitStore, plain, provenance, write_results
 from actok.core import ActionTokenizer, ActokError, find_preset
 from actok.core.files import write_bytes
 from actok.data import open_dataset, split_dataset
-from actok.evaluation.shared_motion import ArmChunks, SameMotion, arm_chunks, shared_codes
+from actok.evaluation.achieved import ArmChunks, arm_chunks
+from actok.evaluation.shared_motion import SameMotion, shared_codes
 from actok.training import fit_parts, load
 from actok.training.fitting import FRACTIONS
 from results.jobs import HORIZON

@@ -252,7 +252,8 @@ def arms_page(arms: Mapping[str, Any] | None, shared: Mapping[str, Any] | None) 
         conditions(arms["provenance"] if arms else None),
         "",
         f"`union`: xtokenizer-tiny with all objectives, {UNION_STEPS} steps on all robots; `left out`: the same without"
-        " that robot, which is then encoded through `adapt`, the embodiment unknown to the network; `alone`: one tokenizer"
+        " that robot, which is then encoded through `adapt`, the embodiment unknown to the network (-: it has channels that no"
+        " other robot has, and is refused); `alone`: one tokenizer"
         f" for that robot, {ALONE_STEPS} steps; `plain RVQ`: the union without objectives; `FASTerVQ`: fastervq-tiny of as"
         " many tokens and bits; `FAST`: fitted on the training chunks of all robots, variable length. l1 in normalised"
         " units, on held-out episodes; in brackets the share of steps within 0.1. [Figures as JSON](arms.json).",
