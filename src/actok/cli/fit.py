@@ -21,7 +21,7 @@ OPTIONS = {
     "alignment": "--align",
 }
 
-__all__ = ["run"]
+__all__ = ["first_process", "leave_processes", "run", "training_settings"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,21 +49,39 @@ def run(args: argparse.Namespace) -> int:
             **settings,
         )
     except KeyboardInterrupt as stopped:
-        if str(stopped) and _first_process():
+        if str(stopped) and first_process():
             remedy = "; the same command with --resume goes on" if "saved in" in str(stopped) else ""
             print(f"actok: interrupted: {stopped}{remedy}", file=sys.stderr)
             return 130
         raise
-    if _first_process():
+    if first_process():
         _tell(args, tokenizer)
-    _leave_processes()
+    leave_processes()
     return 0
 
 
 def _training_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `fit` takes of learned tokenizers: nothing is passed on where nothing was given for a closed-form one."""
-    from actok.core import ConfigError, find_preset, parse_assignments
+    from actok.core import find_preset, parse_assignments
     from actok.core.registry import load_target
+
+    training = training_settings(args)
+    learned = load_target(find_preset(args.name).target).learned and args.tolerance is None
+    folder = args.run
+    if folder is None and learned:
+        folder = f"{args.out.rstrip(os.sep)}-run"
+    return {
+        "training": training,
+        "features": args.features,
+        "alignment": parse_assignments(args.align) or None,
+        "run": folder,
+        "resume": args.resume,
+    }
+
+
+def training_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What --train and the options beside it say."""
+    from actok.core import ConfigError, parse_assignments
 
     training = parse_assignments(args.train)
     for key, option, value in (
@@ -76,17 +94,7 @@ def _training_options(args: argparse.Namespace) -> dict[str, Any]:
             if key in training:
                 raise ConfigError(f"{key} is given twice, by {option} and by --train; give it once")
             training[key] = value
-    learned = load_target(find_preset(args.name).target).learned and args.tolerance is None
-    folder = args.run
-    if folder is None and learned:
-        folder = f"{args.out.rstrip(os.sep)}-run"
-    return {
-        "training": training,
-        "features": args.features,
-        "alignment": parse_assignments(args.align) or None,
-        "run": folder,
-        "resume": args.resume,
-    }
+    return training
 
 
 def _tell(args: argparse.Namespace, tokenizer: Any) -> None:
@@ -126,11 +134,12 @@ def _training_text(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _first_process() -> bool:
+def first_process() -> bool:
+    """Whether this is the process that tells and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _leave_processes() -> None:
+def leave_processes() -> None:
     """Leave the group of a run in several processes in order, so that none of them complains."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -77,6 +77,25 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("--shard", default="1/1", metavar="I/N", help="make the I-th of N shares; the last one joins them")
     v.add_argument("--workers", type=int, default=1, help="processes here, each with a teacher of its own (default: 1)")
 
+    v = verb("train-policy", "train a policy that acts through a tokenizer's codes, by imitation", "policy")
+    v.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help="saved tokenizer, or a closed-form one of `actok list` (with settings: fast:scale=20) to fit on these data",
+    )
+    _data(v, many=True)
+    v.add_argument("--out", required=True, metavar="DIR", help="folder to save the policy in")
+    v.add_argument("--policy", default="actok-vla-tiny", metavar="NAME", help="preset (default: actok-vla-tiny)")
+    v.add_argument("--backbone", metavar="HUB_ID_OR_FOLDER", help="vision-language model (default: the preset's)")
+    v.add_argument("--views", metavar="A,B,...", help="cameras to look through (default: none, the state alone)")
+    v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: the tokenizer's)")
+    _settings(v)
+    _steps(
+        v.add_argument_group("training", "Several processes: `torchrun --nproc_per_node N -m actok train-policy ...`.")
+    )
+    _seed(v, "of the split into training, validation and test episodes")
+
     v = verb("encode", "turn a dataset into tokens", "code")
     v.add_argument("tokenizer", metavar="DIR", help="saved tokenizer, or Hub id")
     _data(v, many=False)
@@ -164,12 +183,6 @@ def _training(v: argparse.ArgumentParser) -> None:
     group = v.add_argument_group(
         "learned tokenizers", "Started by `torchrun --nproc_per_node N -m actok fit ...` they train in N processes."
     )
-    group.add_argument("--steps", type=int, metavar="N", help="training steps (default: the preset's)")
-    group.add_argument("--batch-size", type=int, metavar="N", help="chunks of a step, of all processes together")
-    group.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
-    group.add_argument(
-        "--train", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override training settings"
-    )
     group.add_argument("--features", metavar="DIR", help="folder of `actok features`: train on semantic objectives too")
     group.add_argument(
         "--align",
@@ -178,6 +191,16 @@ def _training(v: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         help="override semantic objectives, e.g. prediction=0",
+    )
+    _steps(group)
+
+
+def _steps(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--steps", type=int, metavar="N", help="training steps (default: the preset's)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="samples of a step, of all processes together")
+    group.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
+    group.add_argument(
+        "--train", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override training settings"
     )
     group.add_argument("--run", metavar="DIR", help="folder of log and checkpoints (default: that of --out, with -run)")
     group.add_argument("--resume", action="store_true", help="go on where the run in that folder stands")
