@@ -36,7 +36,9 @@ class KVCache:
 
     def select(self, columns: Tensor | slice) -> KVCache:
         """Only these positions (a slice, or bool [K], or int64 indices)."""
-        return KVCache(keys=tuple(k[:, :, columns] for k in self.keys), values=tuple(v[:, :, columns] for v in self.values))
+        return KVCache(
+            keys=tuple(k[:, :, columns] for k in self.keys), values=tuple(v[:, :, columns] for v in self.values)
+        )
 
     def detach(self) -> KVCache:
         """The same numbers without their history: nothing that reads them trains what made them."""

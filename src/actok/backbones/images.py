@@ -92,9 +92,14 @@ class FixedImages:
     std: tuple[float, ...]
 
     @classmethod
-    def load(cls, source: ModelSource) -> FixedImages:
-        """From the model's folder. Raises ConfigError where a setting is not known."""
+    def load(cls, source: ModelSource, side: int | None = None) -> FixedImages:
+        """From the model's folder; `side` is that of a square to resize to, instead of the file's size.
+
+        Raises ConfigError where a setting is not known.
+        """
         values = read_preprocessor(source)
+        if side is not None:
+            values["size"] = {"height": side, "width": side}
         size = _sides(values["size"], "size") if values.get("do_resize", True) and values.get("size") else None
         crop = None
         if values.get("do_center_crop", False):
