@@ -1,0 +1,348 @@
+"""Closed-loop evaluation: how often does a policy solve its tasks in simulation?
+
+Each episode begins at a start state that is a pure function of (seed, task, number), so all policies face the same ones,
+and none of them is a start state that `collect` records with the same seed. The policy sees the observation, gives a
+chunk of actions, and all or some of these are executed before it looks again. An episode is a success at the first step
+at which the environment reports success, and a failure at its step limit. A chunk that is not valid is never executed:
+the episode ends there as a failure, and is counted.
+
+The random draws of the policy come from a generator seeded by (seed, number of the call), and a call covers all live
+episodes. So a result repeats exactly for the same seed, tasks, episodes and batch, whatever the number of processes is;
+with another batch, draws (and roundings of batched arithmetic) fall otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actok.core import ConfigError, SpaceMismatchError
+from actok.envs import Env, Observation
+from actok.evaluation.intervals import success_rates
+from actok.evaluation.policy_calls import PolicyCalls, policy_facts
+from actok.evaluation.trials import Decider, Trial, run_trials
+from actok.evaluation.vector import Start, VectorEnv
+from actok.policies.base import Policy, PolicyObservation
+
+# Keeps the start states of rollouts apart from those of demonstrations of the same seed.
+DOMAIN = int.from_bytes(b"roll", "big")
+
+__all__ = ["check_environment", "rollout", "start_seed", "training_tasks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What a rollout does, checked against its policy."""
+
+    episodes: int
+    seed: int
+    head: str
+    execute: int
+    ensemble: float | None
+    limit: float | None
+    batch: int
+    record: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("episodes", 1), ("seed", 0), ("execute", 1), ("batch", 1), ("record", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
+        if self.ensemble is not None and not 0 <= self.ensemble < math.inf:
+            raise ConfigError(f"ensemble is {self.ensemble!r}; give a weight of at least 0 (ACT: 0.01), or none")
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise ConfigError(
+                f"limit is {self.limit!r}; give a factor above 0, or None for the environment's own limit"
+            )
+
+
+def rollout(
+    env: Env,
+    policy: Policy,
+    tasks: Sequence[str] | None = None,
+    episodes: int = 10,
+    *,
+    seed: int = 0,
+    head: str | None = None,
+    execute: int | None = None,
+    ensemble: float | None = None,
+    limit: float | None = 1.5,
+    batch: int = 16,
+    workers: int = 2,
+    record: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Success of a policy on `episodes` episodes of each task, as JSON values (docs/policies/rollout.md).
+
+    Args:
+        env: made with the policy's views.
+        policy: of the environment's action space and rate.
+        tasks: None: those of the policy's training data that the environment has.
+        episodes: of each task.
+        seed: of start states and draws.
+        head: of `policy.heads`; None: the first.
+        execute: steps of each chunk that are executed; None: the whole chunk.
+        ensemble: temporal ensembling (ACT, arXiv 2304.13705, algorithm 2): a chunk at every step, and of all that were
+            predicted for this step the average with weights exp(-ensemble * i), i = 0 the oldest; None: off. Every
+            number is averaged by itself, rotations too.
+        limit: an episode ends after this many times the mean length of the task's training demonstrations
+            (policy.meta["task_steps"]), at most env.max_steps; env.max_steps where that is unknown or limit is None.
+        batch: live episodes, and so observations of a policy call.
+        workers: processes; in a script, more than one, or `record`, needs the guard `if __name__ == "__main__":`.
+        record: episodes of which to write pictures into `out`, successes and failures in turn.
+        out: folder of the pictures.
+        progress: a bar on stderr.
+
+    Raises SpaceMismatchError where action space, rate, proprioception or views are not the policy's, ConfigError for
+    unknown tasks, heads and settings.
+    """
+    names = _tasks(env, policy, tasks)
+    chosen = _Settings(
+        episodes=episodes,
+        seed=seed,
+        head=_head(policy, head),
+        execute=_executed(policy, execute, ensemble),
+        ensemble=ensemble,
+        limit=limit,
+        batch=batch,
+        record=record,
+    )
+    check_environment(policy, env)
+    if record:
+        from actok.evaluation.filming import check_filming
+
+        check_filming(env, out)
+    trials = [
+        Trial(
+            start=Start(task=task, seed=start_seed(seed, task, number)),
+            number=number,
+            limit=_step_limit(env, policy, task, limit),
+            instruction=env.instruction(task),
+        )
+        for task in names
+        for number in range(episodes)
+    ]
+    calls = PolicyCalls(policy, chosen.head, seed)
+    begin = time.perf_counter()
+    with VectorEnv(env, min(batch, len(trials)), workers) as vector, _bar(len(trials), progress) as bar:
+        run_trials(vector, trials, _Acting(calls, chosen), lambda _: bar.update())
+    seconds = time.perf_counter() - begin
+    result = {
+        "env": {"name": env.name, "max_steps": env.max_steps, "rate_hz": env.rate_hz},
+        "policy": policy_facts(policy),
+        "seed": seed,
+        "head": chosen.head,
+        "execute": chosen.execute,
+        "ensemble": ensemble,
+        "limit": limit,
+        "batch": batch,
+        **_outcome(trials),
+        **calls.counts(),
+        "latency": calls.latency(),
+        "seconds": {"total": seconds, "policy": calls.seconds, "simulation": seconds - calls.seconds},
+    }
+    if record:
+        from actok.evaluation.filming import film_some
+
+        assert out is not None, "checked above"
+        result["recordings"] = film_some(env, trials, record, Path(out), workers=workers)
+    return result
+
+
+def start_seed(seed: int, task: str, number: int) -> int:
+    """The environment's seed of an episode: a pure function of these three, apart from those of recording."""
+    sequence = np.random.SeedSequence([DOMAIN, seed, zlib.crc32(task.encode()), number])
+    return int(sequence.generate_state(1)[0])
+
+
+def training_tasks(policy: Policy) -> Mapping[str, float]:
+    """Task -> mean length in steps of the demonstrations that the policy was trained on; empty where unknown."""
+    return dict(policy.meta.get("task_steps") or {})
+
+
+def check_environment(policy: Policy, env: Env) -> None:
+    """Raise SpaceMismatchError where a policy does not belong in an environment, with what differs.
+
+    Views, and the size of a proprioception that `env.proprio_size` does not tell, show at the first observation.
+    """
+    where = f"environment {env.name!r}"
+    if found := policy.space.differences(env.space):
+        raise SpaceMismatchError(
+            f"the policy does not act in the action space of {where}: {'; '.join(found)}; roll it out where its training"
+            " data came from"
+        )
+    rate = policy.space.rate_hz
+    if rate is not None and not math.isclose(rate, env.rate_hz, rel_tol=1e-6):
+        raise SpaceMismatchError(
+            f"the policy gives {rate:g} actions a second, {where} takes {env.rate_hz:g}; train it on data of that rate"
+        )
+    if env.proprio_size is not None:
+        _check_proprio(policy, env.proprio_size, where)
+
+
+def _check_proprio(policy: Policy, size: int, where: str) -> None:
+    if policy.proprio and policy.proprio != size:
+        raise SpaceMismatchError(
+            f"the policy reads a state of {policy.proprio} numbers, {where} gives {size}; roll it out where its"
+            " training data came from (NAME and NAME-state differ)"
+        )
+
+
+def _check_observation(policy: Policy, observation: Observation) -> None:
+    _check_proprio(policy, len(observation.proprio), "the environment")
+    if missing := [view for view in policy.views if view not in observation.images]:
+        raise SpaceMismatchError(
+            f"the policy looks through {', '.join(policy.views)}, the environment shows"
+            f" {', '.join(observation.images) or 'no images'}; make it with views={list(policy.views)}"
+            f" (missing: {', '.join(missing)})"
+        )
+
+
+class _Acting(Decider):
+    """A policy's chunks, whole, in part, or averaged over time."""
+
+    def __init__(self, calls: PolicyCalls, settings: _Settings) -> None:
+        self._calls, self._settings = calls, settings
+        self._chunks: dict[int, list[tuple[int, np.ndarray]]] = {}  # by slot: (step at which it was predicted, [T, D])
+        self._checked = False
+
+    def decide(self, live: Mapping[int, Trial], seen: Mapping[int, Observation]) -> dict[int, np.ndarray | str]:
+        """See Decider.decide."""
+        if not self._checked:
+            for observation in seen.values():
+                _check_observation(self._calls.policy, observation)
+            self._checked = True
+        acted = self._calls(_stacked(self._calls.policy, live, seen))
+        decided: dict[int, np.ndarray | str] = {}
+        for b, (slot, trial) in enumerate(live.items()):
+            if not acted.valid[b]:
+                decided[slot] = acted.reasons[b] or "not valid"
+            elif self._settings.ensemble is None:
+                decided[slot] = acted.actions[b, : self._settings.execute]
+            else:
+                decided[slot] = self._averaged(slot, trial.steps, acted.actions[b], self._settings.ensemble)
+        return decided
+
+    def forget(self, slot: int) -> None:
+        """See Decider.forget."""
+        self._chunks.pop(slot, None)
+
+    def _averaged(self, slot: int, now: int, chunk: np.ndarray, weight: float) -> np.ndarray:
+        """[1, D]: of every chunk that reaches this step, the action for it, the oldest first."""
+        kept = [(begun, c) for begun, c in self._chunks.get(slot, []) if now - begun < len(c)]
+        self._chunks[slot] = [*kept, (now, chunk)]
+        there = np.stack([c[now - begun] for begun, c in self._chunks[slot]]).astype(np.float64)
+        shares = np.exp(-weight * np.arange(len(there)))
+        return ((shares / shares.sum()) @ there)[None].astype(np.float32)
+
+
+def _stacked(policy: Policy, live: Mapping[int, Trial], seen: Mapping[int, Observation]) -> PolicyObservation:
+    observations = [seen[slot] for slot in live]
+    return PolicyObservation(
+        instruction=[trial.instruction for trial in live.values()],
+        proprio=np.stack([o.proprio for o in observations]).astype(np.float32) if policy.proprio else None,
+        images={view: np.stack([o.images[view] for o in observations]) for view in policy.views},
+    )
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _tasks(env: Env, policy: Policy, tasks: Sequence[str] | None) -> list[str]:
+    if tasks is None:
+        trained = training_tasks(policy)
+        chosen = [task for task in trained if task in env.tasks]
+        if not chosen:
+            raise ConfigError(
+                f"environment {env.name!r} has none of the tasks that the policy was trained on"
+                f" ({', '.join(trained) or 'it names none'}); name tasks"
+            )
+        if missing := [task for task in trained if task not in env.tasks]:
+            warnings.warn(
+                f"the policy was also trained on {', '.join(missing)}, which environment {env.name!r} does not have",
+                stacklevel=3,
+            )
+        return chosen
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    for task in names:
+        env.check_task(task)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"tasks are {names}; name at least one, each once")
+    return names
+
+
+def _head(policy: Policy, head: str | None) -> str:
+    name = policy.heads[0] if head is None else head
+    if name not in policy.heads:
+        raise ConfigError(f"the policy has no head {name!r}; it has {', '.join(policy.heads)}")
+    return name
+
+
+def _executed(policy: Policy, execute: int | None, ensemble: float | None) -> int:
+    if ensemble is not None:
+        if execute not in (None, 1):
+            raise ConfigError(f"execute is {execute} with temporal ensembling, which predicts at every step; give one")
+        return 1
+    if execute is not None and isinstance(execute, int) and execute > policy.horizon:
+        raise ConfigError(
+            f"execute is {execute}, but the policy's chunks have {policy.horizon} steps; give at most that"
+        )
+    return policy.horizon if execute is None else execute
+
+
+def _step_limit(env: Env, policy: Policy, task: str, limit: float | None) -> int:
+    usual = training_tasks(policy).get(task)
+    if limit is None or usual is None:
+        return env.max_steps
+    return max(1, min(env.max_steps, math.ceil(limit * usual)))
+
+
+def _bar(total: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="episode", desc="rollout", file=sys.stderr, delay=2, disable=not progress)
+
+
+# -- what came of it --------------------------------------------------------------------------------------------------
+
+
+def _outcome(trials: Sequence[Trial]) -> dict[str, Any]:
+    success = np.array([trial.success for trial in trials])
+    rates = success_rates(success, [trial.task for trial in trials])
+    for task, row in rates["per_task"].items():
+        mine = [trial for trial in trials if trial.task == task]
+        row["invalid"] = sum(trial.invalid is not None for trial in mine)
+        row["limit"] = mine[0].limit
+        row["steps_to_success"] = _mean([trial.steps for trial in mine if trial.success])
+    return {
+        **rates,
+        "invalid": sum(trial.invalid is not None for trial in trials),
+        "steps_to_success": _mean([trial.steps for trial in trials if trial.success]),
+        "steps": sum(trial.steps for trial in trials),
+        "episodes": [
+            {
+                "task": trial.task,
+                "number": trial.number,
+                "seed": trial.start.seed,
+                "success": trial.success,
+                "steps": trial.steps,
+                "calls": trial.calls,
+                "invalid": trial.invalid,
+            }
+            for trial in trials
+        ],
+    }
+
+
+def _mean(values: Sequence[int]) -> float | None:
+    return float(np.mean(values)) if values else None
