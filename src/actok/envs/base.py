@@ -22,6 +22,8 @@ from actok.core.spaces import ActionSpace
 
 ENTRY_POINT_GROUP = "actok.envs"
 BUILT_IN: Mapping[str, str] = {
+    "aloha": "actok.envs.aloha:AlohaEnv",
+    "aloha-state": "actok.envs.aloha:AlohaStateEnv",
     "metaworld": "actok.envs.metaworld:MetaWorldEnv",
     "metaworld-state": "actok.envs.metaworld:MetaWorldStateEnv",
     "robosuite-iiwa": "actok.envs.robosuite:IIWAEnv",
