@@ -95,8 +95,8 @@ class Waypoints(Expert):
         reach = thing - s.gripper
         aside = float(np.hypot(*reach[:2]))
         up = np.array([0.0, 0.0, 1.0])
-        if self._carry_height is not None and _rests(s):
-            if s.command > -0.9 and aside < 0.04:
+        if self._carry_height is not None and _arrived(s):
+            if s.held or s.command > -0.9:
                 return "release", s.gripper, OPEN
             return "retreat", s.gripper + 0.05 * up, OPEN
         if s.held and s.command > 0.9:
@@ -118,18 +118,16 @@ class Waypoints(Expert):
         aside = float(np.hypot(*(goal - thing)[:2]))
         low = thing[2] < height - 0.02
         if aside < (0.02 if low else 0.008):
-            if thing[2] > goal[2] + 0.005:
-                return "lower", s.gripper + goal - thing, CLOSE
-            return "release", s.gripper, OPEN
+            return "lower", s.gripper + goal - thing, CLOSE
         if low and aside > 0.04:
             return "lift", s.gripper + np.array([0.0, 0.0, height + 0.01 - thing[2]]), CLOSE
         return "transport", s.gripper + np.array([*(goal - thing)[:2], height - thing[2]]), CLOSE
 
 
-def _rests(s: SceneState) -> bool:
-    """Whether the object is where it should be and nobody holds it there."""
+def _arrived(s: SceneState) -> bool:
+    """Whether the object is where it should be, held or not: it may be let go of there."""
     off = s.object_pose[:3] - s.goal_pose[:3]
-    return not s.held and float(np.hypot(*off[:2])) < 0.03 and abs(off[2]) < 0.012
+    return float(np.hypot(*off[:2])) < 0.022 and -0.012 < off[2] < 0.008
 
 
 def _turn(s: SceneState) -> np.ndarray:
