@@ -27,6 +27,7 @@ APPROACH_GAIN = 0.2  # part of the way in one step, where that is below the spee
 LAG_GAIN = 1.0  # times the lag of the hand behind its waypoint, added to the command; the joints have friction
 MOST_LAG = 0.03  # m and tenths of rad
 OPENING_STEP = 0.06  # of the gripper's range in one step
+CLOSING = 0.97  # a gripper told to open less than this has begun to close
 TRAVEL, CAREFUL, TURN = 0.4, 0.12, 2.0  # m/s, m/s, rad/s
 REACH = 0.145  # m from the wrist, along the fingers, to where they hold; 0.009 before their tips
 CLEARANCE = 0.08  # m above an object, backwards along the fingers, before going down
@@ -182,14 +183,14 @@ RIGHT_DOWN = _about(2, np.pi) @ LEFT_DOWN
 LEFT_SIDE = _about(0, np.pi / 2)
 
 
-def _pick(hand: Hand, grasp: Pose) -> tuple[int, Waypoint]:
+def _pick(hand: Hand, grasp: Pose, half_width: float) -> tuple[int, Waypoint]:
     """How far it is (0 above, 1 on the way down, 2 closing), and the waypoint to a grasp pose."""
     grasp = replace(grasp, position=np.maximum(grasp.position, [-np.inf, -np.inf, LOWEST]))
     back, twist = grasp.to(hand.pose)
     along = grasp.rotation[:, 0]
     sideways = np.linalg.norm(back - along * (back @ along))
-    closing = hand.told < 0.9 and np.linalg.norm(back) < 0.02
-    if closing or (hand.opening > 0.85 and np.linalg.norm(back) < 0.008):
+    distance = np.linalg.norm(back)
+    if (hand.told < CLOSING and distance < 0.02) or (hand.opening > 0.85 and distance < 0.6 * half_width):
         return 2, Waypoint(pose=grasp, opening=0.0, speed=CAREFUL)
     if hand.opening > 0.85 and sideways < 0.015 and np.linalg.norm(twist) < 0.15:
         return 1, Waypoint(pose=grasp, opening=1.0, speed=1.5 * CAREFUL)
@@ -227,7 +228,7 @@ class TransferCube(_TwoArms):
             away = Pose(position=np.array([0.2, 0.5, 0.35]), rotation=RIGHT_DOWN)
             return 7, stay, Waypoint(pose=away, opening=1.0)
         if not right.holds(cube, self.half_width):
-            stage, waypoint = _pick(right, Pose(position=cube.position, rotation=RIGHT_DOWN))
+            stage, waypoint = _pick(right, Pose(position=cube.position, rotation=RIGHT_DOWN), self.half_width)
             return stage, wait, waypoint
         to_middle, _ = cube.to(middle)
         hold = Waypoint(pose=Pose(position=right.pose.position + to_middle, rotation=RIGHT_DOWN), opening=0.0)
@@ -236,7 +237,7 @@ class TransferCube(_TwoArms):
             return 3, wait, hold
         take = Pose(position=cube.position - [0.004, 0, 0], rotation=LEFT_SIDE)
         offset, twist = left.pose.to(take)
-        there = np.linalg.norm(offset) < (0.02 if left.told < 0.9 else 0.008) and np.linalg.norm(twist) < 0.2
+        there = np.linalg.norm(offset) < (0.02 if left.told < CLOSING else 0.012) and np.linalg.norm(twist) < 0.2
         if there:
             return 5, Waypoint(pose=take, opening=0.0, speed=CAREFUL), hold
         return 4, Waypoint(pose=take, opening=1.0, speed=1.5 * CAREFUL), hold
@@ -262,13 +263,13 @@ class Insertion(_TwoArms):
         hands = (left, socket, self.socket_half_width, LEFT_DOWN), (right, peg, self.peg_half_width, RIGHT_DOWN)
         between = peg.position - socket.position
         tilt = np.linalg.norm(peg.to(socket)[1])
-        # The socket has 8 mm of play; what has begun to move in is not called back for less.
-        slack = 0.008 if between[0] < self.apart - 0.005 else 0.004
+        # The socket has 8 mm of play on each side; what has begun to move in is not called back for a little more.
+        slack = 0.01 if between[0] < self.apart - 0.005 else 0.006
         joined = np.hypot(between[1], between[2]) < slack and tilt < 0.1 and between[0] < self.apart + 0.03
         distance = self.inside if joined else self.apart
         for side, (hand, thing, half_width, rotation) in zip((-1, 1), hands, strict=True):
             if not hand.holds(thing, half_width):
-                stage, waypoint = _pick(hand, Pose(position=thing.position, rotation=rotation))
+                stage, waypoint = _pick(hand, Pose(position=thing.position, rotation=rotation), half_width)
             else:
                 place = Pose(position=np.array([side * distance / 2, 0.5, self.height]), rotation=np.eye(3))
                 # The hand takes the object with it: the same rigid motion, for both.
