@@ -104,7 +104,7 @@ class VLAConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
         if self.speaks and "tokens" not in heads:
             raise ConfigError("speaks needs the head tokens, which says when words end; add it, or leave speaks out")
-        self.sampling  # refuses what it cannot be
+        SamplingConfig(temperature=self.temperature, top_k=self.top_k or None)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -295,8 +295,12 @@ class VLA(Policy):
 
     def report(self) -> dict[str, float]:
         """What the heads noted in the last `losses` outside training: accuracy of the codes, by level too."""
-        head = self.parts["tokens"] if "tokens" in self.parts else None
-        return {} if head is None else {k: float(v) for k, v in head.accuracy.items()}  # type: ignore[union-attr]
+        return {
+            key: float(value)
+            for head in self.parts.values()
+            if isinstance(head, TokenHead)
+            for key, value in head.accuracy.items()
+        }
 
     # -- acting ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,472 @@
+"""Policies over any tokenizer: what is emitted decodes, passes over a cache are one pass, nothing sees its own targets."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from actok.core import (
+    ActionGroup,
+    ActionSpace,
+    ArtifactError,
+    ConfigError,
+    DataError,
+    FitPart,
+    SpaceMismatchError,
+    tokenizer_presets,
+)
+from actok.core.registry import load_target
+from actok.policies.base import PolicyBatch, PolicyObservation
+from actok.policies.load import is_policy, load_policy
+from actok.policies.presets import find_policy_preset, policy_presets
+from actok.policies.prompt import StateRange, prompts
+from actok.policies.tiny import TinyConfig, TinyVLM
+from actok.policies.token_head import TokenHead, say
+from actok.policies.vla import VLA, VLAConfig
+from actok.training import fit_parts
+
+B, T, D, P = 3, 7, 4, 5
+GROUPS = (
+    ActionGroup(name="position", kind="position", dims=(0, 1, 2), mode="delta"),
+    ActionGroup(name="gripper", kind="gripper", dims=(3,)),
+)
+SPACE = ActionSpace(embodiment="arm", dim=D, groups=GROUPS, rate_hz=20.0, low=(-2.0,) * D, high=(2.0,) * D)
+TASKS = ("open the drawer", "press the red button", "push")
+GREEDY = {"temperature": 0.0, "top_k": 0}
+STATE = StateRange(low=-np.ones(P), high=np.ones(P))
+# One of each kind of layout: token-wise, variable, parallel, prefixes, growing scales, levels by blocks.
+LAYOUTS = ("bins", "fast", "beast", "oat-tiny", "boat-tiny", "carp-tiny", "fastervq-tiny")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def chunks(count: int, seed: int = 0, steps: int = T) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    time = np.linspace(0, 1, steps)[None, :, None]
+    return (np.sin(6 * time * rng.uniform(0.2, 1, (count, 1, D)) + rng.uniform(0, 6, (count, 1, D)))).astype(np.float32)
+
+
+@functools.cache
+def tokenizer_of(name: str, steps: int = T):
+    part = FitPart(actions=chunks(256, steps=steps), space=SPACE, anchor=chunks(256, steps=steps)[:, 0])
+    if not load_target(tokenizer_presets()[name].target).learned:
+        return fit_parts(name, [part])
+    short = {"steps": 2, "batch_size": 16, "warmup_steps": 1, "quantise_after": 0, "weight_ema": 0.0, "precision": "no"}
+    return fit_parts(name, [part], training=short)
+
+
+def policy_of(name: str = "bins", *, views: tuple[str, ...] = (), steps: int = T, **settings) -> VLA:
+    torch.manual_seed(1)
+    config = TinyConfig(width=24, layers=2, heads=3, image_size=16, image_channels=(4, 8))
+    backbone = TinyVLM.create(config, TASKS, views=views)
+    return VLA.create(
+        backbone, tokenizer_of(name, steps), VLAConfig(**{**GREEDY, **settings}), views=views, state=STATE
+    ).eval()
+
+
+def observation(count: int = B, seed: int = 3, views: tuple[str, ...] = ()) -> PolicyObservation:
+    rng = np.random.default_rng(seed)
+    return PolicyObservation(
+        instruction=[TASKS[i % len(TASKS)] for i in range(count)],
+        proprio=rng.uniform(-1, 1, (count, P)).astype(np.float32),
+        images={view: rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8) for view in views},
+    )
+
+
+def batch(policy: VLA, count: int = B, **rest) -> PolicyBatch:
+    actions = chunks(count, 5, policy.horizon)
+    tokens = policy.tokenizer.encode(actions)
+    longest = max(len(row) for row in tokens)
+    codes = torch.full((count, longest), -1)
+    for b, row in enumerate(tokens):
+        codes[b, : len(row)] = torch.from_numpy(np.asarray(row))
+    return PolicyBatch(
+        observation=observation(count, views=policy.views),
+        actions=torch.from_numpy(np.asarray(policy.tokenizer.normalise(actions), np.float32)),
+        real=torch.ones(count, policy.horizon, dtype=torch.bool),
+        codes=codes,
+        **rest,
+    )
+
+
+def head_of(policy: VLA) -> TokenHead:
+    head = policy.parts["tokens"]
+    assert isinstance(head, TokenHead)
+    return head
+
+
+# -- acting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_whatever_an_untrained_policy_emits_decodes(name, temperature):
+    policy = policy_of(name, temperature=temperature)
+    acted = policy.act(observation(), generator=torch.Generator().manual_seed(0))
+    assert acted.valid.all(), acted.reasons
+    assert acted.actions.shape == (B, T, D)
+    assert np.isfinite(acted.actions).all()
+    assert (np.abs(acted.actions) <= 2).all()
+    layout = policy.tokenizer.layout
+    assert acted.passes <= head_of(policy).plan.passes
+    if layout.fixed_length is not None:
+        assert acted.passes == len(layout.blocks)
+
+
+@pytest.mark.parametrize("expert", [0, 16])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_codes_of_the_cached_passes_are_the_likeliest_of_one_pass_over_all(name, expert):
+    policy = policy_of(name, token_expert=expert)
+    head = head_of(policy)
+    seen = policy._see(policy._look(observation()), observation())
+    codes, _ = head.emit(seen, None, None, None) if head.layout.total else head.emit(seen, _context(policy), None, None)
+    known = codes >= 0
+    chosen = head._plan_of(codes.shape[1])
+    padded = torch.nn.functional.pad(codes, (0, max(0, chosen.tokens - codes.shape[1])), value=-1)[:, : chosen.tokens]
+    ids = torch.where(padded >= 0, head.vocab.to_lm(padded.clamp(min=0), head.layout), head.vocab.end)
+    logits = head.logits(seen, chosen, ids)[:, : codes.shape[1]]
+    constraint = None if head.layout.total else policy.tokenizer.constraint(_context(policy))
+    state = None if constraint is None else constraint.start(B)
+    for n in range(codes.shape[1]):
+        rows = np.flatnonzero(known[:, n].numpy())
+        table = torch.from_numpy(head.vocab.ids_of(int(head.layout.table[n]))[: head.layout.vocab[n]])
+        scores = logits[rows, n][:, table]
+        if constraint is not None:
+            allowed = torch.from_numpy(constraint.allowed(state[rows])[:, : scores.shape[1]])
+            scores = scores.masked_fill(~allowed, -torch.inf)
+            state[rows] = constraint.advance(state[rows], codes[rows, n].numpy())
+        best = scores.max(-1).values
+        taken = scores.gather(1, codes[rows, n][:, None])[:, 0]
+        assert torch.allclose(taken, best, atol=1e-4)  # near-ties may go either way
+
+
+def _context(policy):
+    from actok.core import ChunkContext
+
+    return ChunkContext(horizon=policy.horizon, embodiment=policy.embodiment)
+
+
+def test_blocks_of_one_are_next_token_prediction():
+    """The same weights, run by hand: each code is fed behind the prompt, and the last position says the next one."""
+    policy = policy_of("bins", block=1, spacing=0)
+    head = head_of(policy)
+    assert head.plan.passes == T * D
+    seen = policy._see(policy._look(observation()), observation())
+    codes, _ = head.emit(seen, None, None, None)
+    ids = head.vocab.to_lm(codes, head.layout)
+    fed = torch.cat([torch.full((B, 1), head.vocab.boblk), ids[:, :-1]], 1)
+    hidden, _ = seen.read(fed, torch.ones_like(fed, dtype=torch.bool))  # an ordinary causal pass
+    scores = policy.backbone.logits(hidden)[..., torch.from_numpy(head.vocab.ids_of(0))]
+    assert torch.equal(scores.argmax(-1), codes)
+
+
+@pytest.mark.parametrize("block", [3, 5, 28])
+def test_any_block_size_gives_whole_chunks_in_ceil_n_over_b_passes(block):
+    acted = policy_of("bins", block=block).act(observation())
+    assert acted.passes == -(-T * D // block)
+    assert acted.codes.shape == (B, T * D)
+    assert acted.valid.all()
+
+
+@pytest.mark.parametrize("expert", [0, 16])
+@pytest.mark.parametrize("name", ["bins", "fastervq-tiny", "boat-tiny", "carp-tiny"])
+def test_the_loss_of_a_block_does_not_depend_on_its_own_codes_or_later_ones(name, expert):
+    policy = policy_of(name, token_expert=expert, **({"block": 5} if name == "bins" else {}))
+    head = head_of(policy)
+    seen = policy._see(policy._look(observation()), observation())
+    codes = batch(policy).codes
+    base = head.logits(seen, head.plan, head.vocab.to_lm(codes, head.layout))
+    for first, last in zip(head.plan.edges[:-1], head.plan.edges[1:], strict=True):
+        other = codes.clone()
+        other[:, first:] = (other[:, first:] + 1) % torch.from_numpy(head.layout.vocab[first:])
+        changed = head.logits(seen, head.plan, head.vocab.to_lm(other, head.layout))
+        assert torch.allclose(changed[:, :last], base[:, :last], atol=1e-5)
+        if last < head.plan.tokens:
+            assert not torch.allclose(changed[:, last:], base[:, last:], atol=1e-3)
+
+
+def test_a_deadline_ends_at_a_prefix_that_decodes():
+    policy = policy_of("oat-tiny")
+    assert len(head_of(policy).plan.stops) > 1
+    late = policy.act(observation(), deadline_s=0.0)
+    assert late.passes < head_of(policy).plan.passes
+    assert late.codes.shape[1] in policy.tokenizer.layout.prefixes
+    assert late.valid.all()
+    whole = policy_of("bins").act(observation(), deadline_s=0.0)  # no prefix of bins decodes
+    assert whole.passes == T
+    assert whole.valid.all()
+
+
+def test_drawing_is_repeatable_and_batches_do_not_mix_observations():
+    policy = policy_of("fastervq-tiny")
+    whole = policy.act(observation())
+    for b in range(B):
+        o = observation()
+        single = policy.act(PolicyObservation(instruction=o.instruction[b : b + 1], proprio=o.proprio[b : b + 1]))
+        assert np.allclose(single.actions[0], whole.actions[b], atol=1e-4)
+    hot = policy_of("fastervq-tiny", temperature=2.0)
+    twice = [hot.act(observation(), generator=torch.Generator().manual_seed(7)).codes for _ in range(2)]
+    other = hot.act(observation(), generator=torch.Generator().manual_seed(8)).codes
+    assert np.array_equal(*twice)
+    assert not np.array_equal(twice[0], other)
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bins", "fast", "boat-tiny"])
+@pytest.mark.parametrize("expert", [0, 16])
+def test_a_policy_learns_its_batch_by_heart(name, expert):
+    policy = policy_of(name, token_expert=expert, steps=5, spacing=0).train()
+    given = batch(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    for _ in range(250 if name == "bins" else 120):
+        loss = torch.stack(list(policy.losses(given).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    policy.eval()
+    policy.losses(given)
+    assert min(policy.report().values()) == 1
+    acted = policy.act(given.observation)
+    target = policy.tokenizer.decode(policy.tokenizer.encode(chunks(B, 5, 5))).actions
+    assert np.abs(acted.actions - target).mean() < 1e-6
+
+
+def test_every_part_gets_a_gradient_and_insulation_keeps_the_flow_out_of_the_backbone():
+    for insulate in (False, True):
+        policy = policy_of(
+            "bins", views=("front",), heads=("flow", "tokens"), flow_expert=16, insulate=insulate, state="vector"
+        ).train()
+        flow = policy.losses(batch(policy))["flow"]
+        flow.backward()
+        into = [p.grad for p in policy.backbone.parameters() if p.grad is not None and p.grad.abs().max() > 0]
+        assert bool(into) is not insulate
+        assert all(p.grad is not None for p in policy.parts["flow"].expert.parameters())
+        policy.zero_grad()
+        policy.losses(batch(policy))["tokens"].backward()
+        assert policy.backbone.stem is not None
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in policy.backbone.stem.parameters())
+        assert all(p.grad.abs().max() > 0 for p in policy.state_in.parameters())
+
+
+def test_padded_steps_do_not_train_the_flow():
+    policy = policy_of("bins", heads=("flow",), flow_expert=16).eval()
+    given = batch(policy)
+    real = given.real.clone()
+    real[:, 4:] = False
+    noisy = given.actions.clone()
+    noisy[:, 4:] = 0.3
+
+    def loss(actions, mask):
+        torch.manual_seed(0)
+        value = policy.losses(replace(given, actions=actions, real=mask))["flow"]
+        policy.zero_grad()
+        value.backward()
+        return policy.parts["flow"].out.bias.grad.clone()
+
+    whole = loss(given.actions, given.real)
+    assert not torch.allclose(loss(given.actions, real), whole)
+    # Only what is padded is left out of the error: of one real step, the gradient is that step's.
+    one = torch.zeros_like(real)
+    one[:, :1] = True
+    rest = ~one
+    both = (loss(given.actions, one) * one.sum() + loss(given.actions, rest) * rest.sum()) / real.numel()
+    assert torch.allclose(both, whole, atol=1e-5)
+
+
+def test_flow_learns_a_constant_chunk():
+    policy = policy_of("bins", heads=("flow",), flow_expert=16, steps=3).train()
+    given = batch(policy)
+    target = chunks(1, 9, 3).repeat(B, 0)
+    given = replace(given, actions=torch.from_numpy(np.asarray(policy.tokenizer.normalise(target), np.float32)))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    for _ in range(400):
+        loss = policy.losses(given)["flow"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    acted = policy.act(given.observation, generator=torch.Generator().manual_seed(0))
+    assert acted.valid.all()
+    assert acted.codes is None
+    assert np.abs(acted.actions - target).mean() < 0.25
+
+
+def test_the_head_that_is_not_asked_for_does_not_run():
+    policy = policy_of("bins", heads=("tokens", "flow"), flow_expert=16)
+    assert policy.heads == ("tokens", "flow")
+    policy.parts["tokens"].act = None
+    assert policy.act(observation(), head="flow").passes == 10
+    with pytest.raises(ConfigError, match="no head 'diffusion'; it has tokens, flow"):
+        policy.act(observation(), head="diffusion")
+
+
+# -- words around the blocks --------------------------------------------------------------------------------------
+
+
+def test_a_policy_that_speaks_says_the_subtask_then_acts():
+    policy = policy_of("bins", speaks=True, steps=2, state="vector").train()
+    words = ("grasp it", "lift", "move to the left")
+    given = batch(policy, text=words)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    for _ in range(80):
+        losses = policy.losses(given)
+        assert set(losses) == {"text", "tokens"}
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+    acted = policy.act(given.observation)
+    assert tuple(acted.text) == words
+    assert acted.valid.all()
+
+
+def test_said_text_holds_no_codes_and_ends():
+    policy = policy_of("bins", speaks=True)
+    seen = policy._see(policy._look(observation()), observation())
+    texts, further = say(seen, policy.vocab.boblk, limit=5)
+    assert all(isinstance(text, str) for text in texts)
+    assert seen.cache.length <= further.cache.length <= seen.cache.length + 5
+
+
+def test_text_read_piece_by_piece_is_text_read_at_once():
+    policy = policy_of("bins")
+    seen = policy._see(policy._look(observation()), observation())
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0], [4, 0, 0]])
+    real = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    at_once, whole = seen.read(ids, real)
+    piece = seen
+    for n in range(3):
+        _, piece = piece.read(ids[:, n : n + 1], real[:, n : n + 1])
+    assert torch.allclose(piece.last, whole.last, atol=1e-5)
+    assert torch.equal(piece.next_position, whole.next_position)
+    assert torch.allclose(at_once[0, 2], whole.last[0], atol=1e-6)
+
+
+# -- keeping it ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"token_expert": 16}, {"heads": ("flow", "tokens"), "flow_expert": 8, "state": "vector"}]
+)
+def test_a_saved_policy_acts_alone_as_it_did(settings, tmp_path):
+    policy = policy_of("fastervq-tiny", views=("front",), **settings)
+    policy.with_meta({"task_steps": {"push": 12.0}})
+    folder = policy.save_pretrained(tmp_path / "policy")
+    policy.save_pretrained(folder)  # over itself
+    again = load_policy(folder)
+    assert is_policy(folder)
+    seen = observation(views=("front",))
+    for head in policy.heads:
+        first, second = (p.act(seen, head=head, generator=torch.Generator().manual_seed(0)) for p in (policy, again))
+        assert np.array_equal(first.actions, second.actions)
+    assert again.meta["task_steps"] == {"push": 12.0}
+    assert again.tokenizer.weights_hash == policy.tokenizer.weights_hash
+    assert (again.views, again.proprio, again.horizon) == (("front",), P, T)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer/config.json", "backbone/tokenizer.json"]
+)
+def test_a_damaged_policy_is_refused(name, tmp_path):
+    folder = policy_of().save_pretrained(tmp_path / "policy")
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ArtifactError):
+        load_policy(folder)
+    path.unlink()
+    with pytest.raises(ArtifactError):
+        load_policy(folder)
+
+
+def test_a_policy_with_another_tokenizer_in_its_folder_is_refused(tmp_path):
+    folder = policy_of("bins").save_pretrained(tmp_path / "policy")
+    body = json.loads((folder / "config.json").read_text())
+    body["tokenizer"] = "0" * 64
+    (folder / "config.json").write_text(json.dumps(body))
+    with pytest.raises(ArtifactError, match="another tokenizer"):
+        load_policy(folder)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_policy_was_not_trained_on_is_refused():
+    policy = policy_of("bins", views=("front",))
+    seen = observation(views=("front",))
+    with pytest.raises(DataError, match="state of 5 numbers"):
+        policy.act(replace(seen, proprio=None))
+    with pytest.raises(DataError, match="state of 5 numbers"):
+        policy.act(replace(seen, proprio=np.zeros((B, 4), np.float32)))
+    broken = seen.proprio.copy()
+    broken[1, 2] = np.nan
+    with pytest.raises(DataError, match="observation 1 holds nan at 2"):
+        policy.act(replace(seen, proprio=broken))
+    with pytest.raises(DataError, match="looks through front; the images given are: side"):
+        policy.act(replace(seen, images={"side": seen.images["front"]}))
+    with pytest.raises(DataError, match="no instruction"):
+        policy.act(replace(seen, instruction=["a", " ", "b"]))
+    other = replace(SPACE, groups=(replace(GROUPS[0], mode="absolute"), GROUPS[1]))
+    with pytest.raises(SpaceMismatchError, match="absolute"):
+        policy.check(other)
+    with pytest.raises(SpaceMismatchError, match="20 Hz, not at 5"):
+        policy.check(SPACE, rate_hz=5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heads": ("flow",)}, "flow_expert"),
+        ({"heads": ("tokens", "diffusion")}, "diffusion"),
+        ({"state": "pixels"}, "pixels"),
+        ({"spacing": 3}, "spacing is 3"),
+        ({"block": 0}, "block is 0"),
+        ({"speaks": True, "heads": ("flow",), "flow_expert": 8}, "speaks"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        policy_of("bins", **settings)
+
+
+def test_a_blind_policy_is_refused():
+    backbone = TinyVLM.create(TinyConfig(width=24, layers=1, heads=3), TASKS)
+    with pytest.raises(ConfigError, match="would see nothing"):
+        VLA.create(backbone, tokenizer_of("bins"), VLAConfig(state="none"))
+    with pytest.raises(ConfigError, match="no range of proprioception"):
+        VLA.create(backbone, tokenizer_of("bins"), VLAConfig())
+
+
+# -- the prompt ---------------------------------------------------------------------------------------------------
+
+
+def test_the_state_is_written_in_bins_of_its_range():
+    state = StateRange(low=np.array([0.0, -1.0, 2.0]), high=np.array([10.0, 1.0, 2.0]))
+    given = np.array([[0.0, 1.0, 2.0], [4.999, -5.0, 3.0], [10.0, 0.0, 2.0]])
+    found = prompts(["a", " b  c", "d"], given, state, 4)
+    assert found[0] == "Task: a, State: 0 3 2;"
+    assert found[1] == "Task: b c, State: 1 0 3;"  # beyond the range: the last bin
+    assert found[2] == "Task: d, State: 3 2 2;"
+    assert np.allclose(state.unit(given)[:, 0], [-1, -0.0002, 1])
+
+
+@pytest.mark.parametrize("name", sorted(policy_presets()))
+def test_presets_are_what_their_classes_take(name):
+    from actok.core import build_config
+
+    preset = find_policy_preset(name)
+    config = build_config(VLAConfig, preset.policy, name)
+    assert config.heads
+    assert preset.summary
+    if preset.backbone.get("kind") == "tiny":
+        sizes = {k: v for k, v in preset.backbone.items() if k != "kind"}
+        assert build_config(TinyConfig, sizes, name).width > 0
