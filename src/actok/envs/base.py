@@ -24,6 +24,7 @@ ENTRY_POINT_GROUP = "actok.envs"
 BUILT_IN: Mapping[str, str] = {
     "aloha": "actok.envs.aloha:AlohaEnv",
     "aloha-state": "actok.envs.aloha:AlohaStateEnv",
+    "libero": "actok.envs.libero:LiberoEnv",
     "metaworld": "actok.envs.metaworld:MetaWorldEnv",
     "metaworld-state": "actok.envs.metaworld:MetaWorldStateEnv",
     "robosuite-iiwa": "actok.envs.robosuite:IIWAEnv",

@@ -18,8 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,6 +31,7 @@ from actok.envs.base import Env, Expert, Observation
 from actok.envs.cameras import Cameras, choose_backend
 from actok.envs.packaged import packaged_instructions, packaged_space
 from actok.envs.robosuite_expert import SceneState, Waypoints
+from actok.envs.seeding import global_generator
 
 VIEWS = ("agentview", "robot0_eye_in_hand", "frontview", "birdview", "robot0_robotview")
 # robosuite's start positions have Gaussian noise of 0.02 rad on each joint of the arm; ten times that is another arm.
@@ -49,6 +49,8 @@ __all__ = [
     "RobosuiteEnv",
     "UR5eEnv",
     "UR5eStateEnv",
+    "down_quaternion",
+    "import_robosuite",
 ]
 
 
@@ -131,7 +133,7 @@ class RobosuiteEnv(Env):
             raise ConfigError(f"image_size is {image_size!r}; give a whole number of pixels from 16 to 2048")
         if self._views:
             choose_backend()
-        self._library = _import_robosuite()
+        self._library = import_robosuite()
         self._scenes: dict[str, _Scene] = {}
         self._task = ""
         self._qpos: np.ndarray | None = None
@@ -163,7 +165,7 @@ class RobosuiteEnv(Env):
     def reset(self, task: str, *, seed: int) -> Observation:
         """See Env.reset. The first episode of a task builds its model, 1 to 3 s; later ones take some milliseconds."""
         scene = self._open(task)
-        with _global_generator(seed):
+        with global_generator(seed):
             scene.simulator.reset()
         return self._begin(task, scene.data.qpos.copy())
 
@@ -266,7 +268,7 @@ class RobosuiteEnv(Env):
         return self._scenes[task]
 
     def _build(self, task: _Task) -> _Scene:
-        with _global_generator(0):
+        with global_generator(0):
             simulator = self._library["make"](
                 task.simulator,
                 robots=self.arm,
@@ -350,9 +352,7 @@ class RobosuiteEnv(Env):
     def _proprio(self, scene: _Scene, state: SceneState) -> np.ndarray:
         """[P] in float64."""
         hand = scene.model.body(scene.simulator.robots[0].robot_model.eef_name).id
-        rotation = _pose(scene.data, hand)[3:]
-        if rotation[0] + rotation[1] < 0:
-            rotation = -rotation
+        rotation = down_quaternion(_pose(scene.data, hand)[3:])
         return np.concatenate([state.gripper, rotation, scene.data.qpos[list(scene.finger_joints)]])
 
 
@@ -417,6 +417,11 @@ class Kinova3StateEnv(_ObjectsInProprio):
     name, arm = "robosuite-kinova3-state", "Kinova3"
 
 
+def down_quaternion(xyzw: np.ndarray) -> np.ndarray:
+    """[4] the same rotation with x + y >= 0: one sign for all grippers that point down, near which none jumps."""
+    return -xyzw if xyzw[0] + xyzw[1] < 0 else xyzw
+
+
 def _pose(data: Any, body: int) -> np.ndarray:
     """[7] position and quaternion xyzw of a body."""
     return np.concatenate([data.xpos[body], np.roll(data.xquat[body], -1)])
@@ -429,19 +434,8 @@ def _touching(data: Any, gripping: tuple[frozenset[int], frozenset[int], frozens
     return all(any(pair & side and pair & thing for pair in pairs) for side in (left, right))
 
 
-@contextmanager
-def _global_generator(seed: int) -> Iterator[None]:
-    """NumPy's global generator, from which robosuite draws, at a seed; afterwards it is where it was."""
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.set_state(np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed))).get_state())  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(before)  # noqa: NPY002
-
-
-def _import_robosuite() -> Mapping[str, Any]:
-    """robosuite's functions, without its warnings about macros and without its choice of OpenGL for the process."""
+def import_robosuite(purpose: str = "the environments 'robosuite-...'", extra: str = "robosuite") -> Mapping[str, Any]:
+    """robosuite's functions "make" and "controller", without its warnings about macros and without its choice of OpenGL for the process."""
     log, backend = logging.getLogger("robosuite_logs"), os.environ.get("MUJOCO_GL")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -454,7 +448,7 @@ def _import_robosuite() -> Mapping[str, Any]:
     except ImportError as error:
         if error.name is not None and error.name.partition(".")[0] not in ("robosuite", "mujoco", "termcolor"):
             raise
-        raise MissingExtraError("robosuite", "robosuite", "the environments 'robosuite-...'") from error
+        raise MissingExtraError("robosuite", extra, purpose) from error
     finally:
         log.setLevel(level)
         if backend is None:
