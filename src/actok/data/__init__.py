@@ -26,7 +26,9 @@ _LAZY = {
     "read_tokens": "actok.data.tokens",
     "split_dataset": "actok.data.splits",
     "split_episodes": "actok.data.splits",
+    "stated_kinematics": "actok.data.kinematic",
     "union_mapping": "actok.data.spaces",
+    "with_kinematics": "actok.data.kinematic",
     "write_lerobot": "actok.data.lerobot_write",
     "write_npz": "actok.data.tokens",
     "write_tokens": "actok.data.tokens",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from actok.data.cache import FrameCache
     from actok.data.chunks import ChunkBatch, Chunks
     from actok.data.episodes import Episode, EpisodeDataset
+    from actok.data.kinematic import stated_kinematics, with_kinematics
     from actok.data.lerobot_write import write_lerobot
     from actok.data.mixtures import Mixture, MixtureEntry, MixtureSampler, list_mixtures, load_mixture
     from actok.data.open import open_dataset
@@ -64,7 +67,9 @@ __all__ = [
     "read_tokens",
     "split_dataset",
     "split_episodes",
+    "stated_kinematics",
     "union_mapping",
+    "with_kinematics",
     "write_lerobot",
     "write_npz",
     "write_tokens",

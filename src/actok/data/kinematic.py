@@ -1,19 +1,78 @@
-"""A dataset of joint-space arms as a dataset of end-effector poses, by kinematic models."""
+"""A dataset of joint-space arms as a dataset of end-effector poses, by kinematic models.
+
+`with_kinematics` takes chains; a space's TOML file can name them, and then every reader and every verb takes the poses:
+
+    [kinematics]
+    left_arm = { urdf = "vx300s.urdf", base = "base_link", tip = "gripper_link" }   # path from the file's folder
+    right_arm = { urdf = "vx300s.urdf", base = "base_link", tip = "gripper_link" }
+    state = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]  # of the proprioception, in the action's layout; optional
+    rotation = "rot6d"                                      # format of the poses' rotations; optional
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from actok.core import ConfigError, DataError
+from actok.core import ActionSpace, ConfigError, DataError
 from actok.core.spaces import Rotation
 from actok.data.episodes import Episode, EpisodeDataset
+from actok.data.spaces import find_space, kinematics_table
 from actok.signal.end_effector import EndEffectorMap
 from actok.signal.kinematics import KinematicChain
 
-__all__ = ["KinematicDataset", "with_kinematics"]
+URDF_KEYS = ("urdf", "base", "tip")
+
+__all__ = ["KinematicDataset", "StatedKinematics", "stated_kinematics", "with_kinematics"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StatedKinematics:
+    """The [kinematics] table of a space's file, for `with_kinematics`.
+
+    Attributes:
+        space: the robot's own, in joints.
+        chains: by joint group.
+        rotation: format of the poses' rotations.
+        state: which numbers of the proprioception are the state in the action's layout, None: all.
+    """
+
+    space: ActionSpace
+    chains: Mapping[str, KinematicChain]
+    rotation: Rotation
+    state: Sequence[int] | None
+
+    @property
+    def map(self) -> EndEffectorMap:
+        """From joints to poses, and back."""
+        return EndEffectorMap(self.space, self.chains, rotation=self.rotation)
+
+
+def stated_kinematics(name_or_path: str | Path) -> StatedKinematics | None:
+    """What a preset or TOML file says of its arms' kinematics; None where it says nothing.
+
+    Raises ConfigError for an entry that is no {urdf, base, tip}, and as `KinematicChain.from_urdf`.
+    """
+    table: dict[str, Any] = kinematics_table(name_or_path)
+    if not table:
+        return None
+    rotation, state = table.pop("rotation", "rot6d"), table.pop("state", None)
+    if state is not None and not (isinstance(state, list) and all(isinstance(i, int) for i in state)):
+        raise ConfigError(f"{name_or_path}: [kinematics] has state {state!r}; give whole numbers")
+    chains = {}
+    for group, entry in table.items():
+        if not isinstance(entry, Mapping) or sorted(entry) != sorted(URDF_KEYS):
+            raise ConfigError(
+                f"{name_or_path}: [kinematics] has {group} = {entry!r}; a joint group takes"
+                ' { urdf = "FILE", base = "LINK", tip = "LINK" }'
+            )
+        urdf = Path(name_or_path).expanduser().parent / str(entry["urdf"])
+        chains[group] = KinematicChain.from_urdf(urdf, str(entry["base"]), str(entry["tip"]))
+    return StatedKinematics(space=find_space(name_or_path), chains=chains, rotation=rotation, state=state)
 
 
 def with_kinematics(

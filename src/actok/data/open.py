@@ -31,12 +31,23 @@ def open_dataset(
             glob of tfrecord files, the id of a LeRobot dataset on the Hugging Face Hub, a live LeRobotDataset, a dict
             of arrays, a list of episodes [T, D], or an array [E, T, D] or [T, D].
         space: what the actions mean: the name of a preset, the path of a TOML file, or an ActionSpace. None: as
-            stored with the data or inferred; `space_origin` of the result says how.
+            stored with the data or inferred; `space_origin` of the result says how. Where the file has a table
+            [kinematics], joints come as end-effector poses (see `actok.data.kinematic`).
         name: for tables and messages; None: from the source.
 
     Raises DataError where the source is missing, damaged or of no known format, SpaceMismatchError where `space` has
-    another number of dimensions than the data.
+    another number of dimensions than the data, ConfigError for a [kinematics] table that does not fit.
     """
+    dataset = _open(source, space, name)
+    if isinstance(space, (str, Path)):
+        from actok.data.kinematic import stated_kinematics, with_kinematics
+
+        if stated := stated_kinematics(space):
+            return with_kinematics(dataset, stated.chains, rotation=stated.rotation, state=stated.state)
+    return dataset
+
+
+def _open(source: Any, space: str | Path | ActionSpace | None, name: str | None) -> EpisodeDataset:
     if isinstance(source, EpisodeDataset):
         return _renamed(source, space, name)
     if isinstance(source, (str, Path)):

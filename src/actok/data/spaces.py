@@ -7,6 +7,8 @@ A file holds the keys of `ActionSpace.from_dict`, and beside them:
                                        # keys: robots, datasets, names (shell patterns, any case), rate_hz
     [union.xtokenizer_26]              # which group of a wider layout each group goes to
     position = "right_position"
+    [kinematics]                       # joint groups to be read as end-effector poses, see `actok.data.kinematic`
+    left_arm = { urdf = "arm.urdf", base = "base_link", tip = "gripper_link" }
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from actok.data.space_names import contradicts, flat_names, space_from_names
 FOLDER = CONFIGS / "spaces"
 MATCH_KEYS = ("robots", "datasets", "names", "rate_hz")
 
-__all__ = ["describe_space", "find_space", "infer_space", "list_spaces", "union_mapping"]
+__all__ = ["describe_space", "find_space", "infer_space", "kinematics_table", "list_spaces", "union_mapping"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,16 @@ class _SpaceFile:
     space: ActionSpace
     match: tuple[Mapping[str, Any], ...]
     union: Mapping[str, Mapping[str, str]]
+    kinematics: Mapping[str, Any]
     per_robot: bool
 
 
 def _read(path: Path) -> _SpaceFile:
     values = read_toml(path)
     match, union, per_robot = values.pop("match", []), values.pop("union", {}), values.pop("per_robot", False)
+    kinematics = values.pop("kinematics", {})
+    if not isinstance(kinematics, Mapping):
+        raise ConfigError(f"{path}: kinematics is {kinematics!r}; give a table [kinematics]")
     for entry in match:
         if unknown := [k for k in entry if k not in MATCH_KEYS]:
             raise ConfigError(f"{path}: match has the key {unknown[0]!r}; it takes {', '.join(MATCH_KEYS)}")
@@ -52,7 +58,7 @@ def _read(path: Path) -> _SpaceFile:
                 space.group(group)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    return _SpaceFile(space=space, match=tuple(match), union=union, per_robot=bool(per_robot))
+    return _SpaceFile(space=space, match=tuple(match), union=union, kinematics=kinematics, per_robot=bool(per_robot))
 
 
 @cache
@@ -77,6 +83,11 @@ def list_spaces() -> list[str]:
 def find_space(name_or_path: str | Path) -> ActionSpace:
     """The preset of that name, or the space in that TOML file. Raises ConfigError with the nearest name."""
     return _find(name_or_path).space
+
+
+def kinematics_table(name_or_path: str | Path) -> dict[str, Any]:
+    """The [kinematics] table of a preset or TOML file, as it stands there; empty where there is none."""
+    return dict(_find(name_or_path).kinematics)
 
 
 def union_mapping(name_or_path: str | Path, union: str) -> dict[str, str]:

@@ -113,14 +113,14 @@ class EndEffectorMap:
                 rotation=self.rotation,
             )
             groups += [position, turned]
-        used = "; ".join(f"{name} by forward kinematics from {c.base} to {c.tip}" for name, c in self.chains.items())
+        used = ", ".join(f"{name} from {c.base} to {c.tip}" for name, c in self.chains.items())
         target = ActionSpace(
             embodiment=f"{self.space.embodiment}_ee",
             dim=len(names),
             groups=tuple(groups),
             rate_hz=self.space.rate_hz,
             names=tuple(names),
-            note=f"{self.space.note} {used[0].upper()}{used[1:]}.".strip(),
+            note=f"{self.space.note} Poses by forward kinematics: {used}.".strip(),
         )
         return target, own
 

@@ -16,7 +16,8 @@ group finds its place by kind and by the words of its name:
 Poses, lift and head are taken relative to the chunk's start: an absolute value by its difference to the anchor (for a
 rotation R0^T R_t), a step by accumulation (sums; rotations composed on the side that the space states). All else stays as it
 is. In the wide layout, a group without a place there (nothing known of it, an angle whose unit is unknown, the velocity of a
-pose, a second group for a place that is full) goes to `other` as it is; in the 26 channels it is refused.
+pose, a second group for a place that is full) goes to `other` as it is; in the 26 channels it is refused. The joints of an
+arm take the places of a pose where a kinematic model makes one of them first: `actok.data.with_kinematics`.
 
 Deviation: the paper composes rotations as R0^T R_t. A robot commanded by steps about world axes is accumulated about
 world axes, R_t R0^T, since the other needs R0, which such an action does not hold.
@@ -261,7 +262,9 @@ def _places(space: ActionSpace, layout: LayoutName) -> dict[str, tuple[str, list
                 f"group {group.name!r} ({group.kind}, {len(group.dims)} dimensions) of {space.embodiment!r} has no place in"
                 f" {union.embodiment}: it {why}; "
                 + (
-                    "name the group after its side and part (left_position, right_arm), or use layout 'wide'"
+                    "turn its joints into poses by a kinematic model (actok.data.with_kinematics), or use layout 'wide'"
+                    if layout == "26" and group.kind == "joint"
+                    else "name the group after its side and part (left_position, right_arm), or use layout 'wide'"
                     if layout == "26"
                     else "name the group after its side and part (left_position, right_arm), or split the robot's actions"
                 )
