@@ -28,6 +28,8 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1, 1, 1)))
 INK = "#010203"
 # Half width of the tolerance band in reconstructions: normalised units, 1 % of the range.
 BAND = 0.02
+# Rows of a replay that are no tokenizer's, open and closed loop.
+BASELINES = {"exact": "exact demonstration", "expert": "the expert's chunks"}
 # Characters of a dimension's name from which its unit takes a second line beside a small plot.
 LONG_NAME = 12
 
@@ -178,10 +180,11 @@ def replay_figure(replay: Mapping[str, Any]) -> str:
     """Success of replayed demonstrations against reconstruction error, with 95 % intervals."""
     entries = {n: t for n, t in replay["tokenizers"].items() if n != "exact" and t["normalised_l1"]}
     with _figure((5.2, 3.6)) as (axes, out):
-        exact = replay["tokenizers"].get("exact")
-        if exact is not None:
+        baseline = next((n for n in BASELINES if n in replay["tokenizers"]), None)
+        if baseline is not None:
+            exact = replay["tokenizers"][baseline]
             axes.axhspan(*(100 * v for v in exact["ci95"]), color="#8C8C8C", alpha=0.25, linewidth=0)
-            axes.axhline(100 * exact["rate"], color=INK, linewidth=1, label="exact demonstration")
+            axes.axhline(100 * exact["rate"], color=INK, linewidth=1, label=BASELINES[baseline])
         for style, name in _styles([{"tokenizer": n} for n in entries]):
             t = entries[name]
             low, high = t["ci95"]

@@ -1,4 +1,4 @@
-"""Decode-and-replay of a dataset's held-out episodes, as one step: fit or load, replay, write replay.json, table."""
+"""Decode-and-replay of a dataset's held-out episodes, as one step: fit or load, replay, write JSON, table."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from actok.benchmark.table import percent, render_columns, replay_columns
 from actok.core import ActionTokenizer, ConfigError, SpaceMismatchError, split_settings, tokenizer_presets
 from actok.data import EpisodeDataset, FrameCache, open_dataset, split_dataset
 from actok.envs import make_env
+from actok.evaluation.closed_loop import replay_closed_loop
 from actok.evaluation.replay import EXACT, replay
 from actok.training import fit, load
 from actok.training.fitting import FRACTIONS
 
-__all__ = ["held_out_episodes", "replay_held_out", "replay_text"]
+# What the result is called, open and closed loop.
+FILE, CLOSED_LOOP_FILE = "replay.json", "closed_loop.json"
+
+__all__ = ["CLOSED_LOOP_FILE", "FILE", "held_out_episodes", "replay_held_out", "replay_text"]
 
 
 def replay_held_out(
@@ -30,21 +34,25 @@ def replay_held_out(
     horizon: int | None = None,
     seed: int = 0,
     workers: int = 2,
+    closed_loop: bool = False,
 ) -> dict[str, Any]:
-    """Replay test episodes of `data` through each tokenizer and write `out_dir`/replay.json.
+    """Replay test episodes of `data` through each tokenizer and write `out_dir`/replay.json or closed_loop.json.
 
     Presets are fitted on the training episodes of the same split; saved tokenizers are taken as they are, and a warning
-    names one that was fitted on another split of these data. See `actok.evaluation.replay.replay` for the result.
+    names one that was fitted on another split of these data. See `actok.evaluation.replay.replay`, and
+    `actok.evaluation.closed_loop.replay_closed_loop`, for the result.
 
     Args:
         data: demonstrations with start states, in the environment's action space.
         tokenizers: preset names, with settings as in "fast:scale=20", or saved folders.
         env_name: e.g. "metaworld".
-        out_dir: where replay.json goes.
+        out_dir: where the result goes.
         per_task: at most this many test episodes of each task.
         horizon: T to fit presets at; None: one second.
         seed: of the split.
         workers: processes.
+        closed_loop: at each chunk the scripted expert's next actions from where the robot is, instead of the
+            demonstration's.
     """
     if not tokenizers:
         raise ConfigError("no tokenizer is named; give at least one preset or saved folder")
@@ -63,9 +71,10 @@ def replay_held_out(
             raise ConfigError(f"two tokenizers are called {label!r}; rename one of the folders")
         fitted[label] = tokenizer
     episodes = held_out_episodes(dataset, seed=seed, per_task=per_task)
-    result = replay(env, dataset, fitted, episodes=episodes, workers=workers)
+    execute = replay_closed_loop if closed_loop else replay
+    result = execute(env, dataset, fitted, episodes=episodes, workers=workers)
     result["provenance"] = provenance(seed)
-    write_results(result, Path(out_dir) / "replay.json")
+    write_results(result, Path(out_dir) / (CLOSED_LOOP_FILE if closed_loop else FILE))
     return result
 
 
@@ -82,17 +91,23 @@ def held_out_episodes(dataset: EpisodeDataset, *, seed: int, per_task: int) -> l
 
 
 def replay_text(result: Mapping[str, Any]) -> str:
-    """Success rates, and each tokenizer against the exact demonstrations on the same episodes."""
-    lines = [f"Replay in {result['env']}, {len(result['episodes'])} demonstrations", ""]
+    """Success rates, and each tokenizer against its baseline on the same episodes.
+
+    The baseline is the exact demonstration, or, closed loop, the expert's chunks without a tokenizer.
+    """
+    mode = "Closed-loop replay" if result.get("mode") else "Replay"
+    lines = [f"{mode} in {result['env']}, {len(result['episodes'])} demonstrations", ""]
     lines += [*render_columns(replay_columns(result)), ""]
-    for pair in result["paired"]:
-        if EXACT in (pair["a"], pair["b"]):
-            name, sign = (pair["b"], -1) if pair["a"] == EXACT else (pair["a"], 1)
-            low, high = sorted(sign * bound for bound in pair["ci95"])
-            lines.append(
-                f"{name} against {EXACT}: {percent(sign * pair['difference'] + 0.0)} ({percent(low)} to {percent(high)}),"
-                f" p = {pair['p_value']:.2g}"
-            )
+    pairs = {(pair["a"], pair["b"]): pair for pair in result["paired"]}
+    for name, row in result["tokenizers"].items():
+        baseline = row.get("baseline", EXACT)
+        if (pair := pairs.get((baseline, name))) is None:
+            continue
+        low, high = sorted(-bound for bound in pair["ci95"])
+        lines.append(
+            f"{name} against {baseline}: {percent(0.0 - pair['difference'])} ({percent(low)} to {percent(high)}),"
+            f" p = {pair['p_value']:.2g}"
+        )
     return "\n".join(lines)
 
 

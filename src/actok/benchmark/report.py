@@ -42,7 +42,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 600px) { body { font-size: 15px; padding: .7rem .7rem 2rem; } dl { grid-template-columns: 1fr; } dt { font-weight: 600; } }
 """.strip()
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["html_facts", "html_page", "html_table", "made_under", "render_report", "write_report"]
 
 
 def write_report(results: Mapping[str, Any], path: str | Path) -> Path:
@@ -57,13 +57,37 @@ def render_report(results: Mapping[str, Any]) -> str:
         parts.append(_replay(results["replay"]))
     parts += [_dataset(results, dataset) for dataset in results["datasets"]]
     parts.append(_provenance(results))
+    return html_page("actok benchmark", parts)
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A page of these parts, in HTML already, without any outside resource."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>actok benchmark</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
+
+
+def html_facts(facts: Mapping[str, Any]) -> str:
+    """Names and values as a list."""
+    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items()) + "</dl>"
+
+
+def made_under(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions of a result, in words, by name."""
+    p = provenance
+    return {
+        "command": p["command"],
+        "created": p["created"],
+        "seed": p["seed"],
+        "actok": f"{p['actok']}, commit {p['commit'] or 'unknown'}, code {p['code']}",
+        "processor": f"{p['cpu']}, {p['cores']} cores; threads {', '.join(f'{k}={v}' for k, v in p['threads'].items())}",
+        "platform": p["platform"],
+        "versions": f"python {p['python']}, " + ", ".join(f"{k} {v}" for k, v in p["packages"].items() if v),
+    }
 
 
 def _introduction(results: Mapping[str, Any]) -> str:
@@ -86,7 +110,7 @@ def _dataset(results: Mapping[str, Any], dataset: Mapping[str, Any]) -> str:
     lines += [f"<p class=note>{escape(note)}</p>" for note in notes(units)]
     if not good:
         return "\n".join([*lines, "<p>No tokenizer could be measured on this dataset.</p>"])
-    lines += ["<h3>Size and error</h3>", _table(error_columns(good))]
+    lines += ["<h3>Size and error</h3>", html_table(error_columns(good))]
     lines += ["<h3>Rate and distortion</h3>"]
     swept = any(u["status"] == "ok" for u in dataset_units(results, dataset["name"], sweep=True))
     lines.append(
@@ -112,9 +136,9 @@ def _dataset(results: Mapping[str, Any], dataset: Mapping[str, Any]) -> str:
             ]
         ),
         "<h3>What a model has to predict</h3>",
-        _table(behaviour_columns(good)),
+        html_table(behaviour_columns(good)),
         "<h3>Error in physical units</h3>",
-        _table(_group_columns(good)),
+        html_table(_group_columns(good)),
         *_semantics(results, dataset, good),
     ]
     return "\n".join(lines)
@@ -132,7 +156,7 @@ def _semantics(results: Mapping[str, Any], dataset: Mapping[str, Any], units: Se
         "<h3>Is it semantic?</h3>",
         "<p class=note>Linear models read task, phase and verb off the codes of a chunk; trained on chunks of the training"
         f" episodes, judged on those of held-out episodes. docs/semantics.md defines every figure.{read}</p>",
-        *map(_table, tables),
+        *map(html_table, tables),
         *reasons,
         _plots(semantic_plots.overview_figures(results, dataset, units)),
     ]
@@ -149,7 +173,7 @@ def _semantics(results: Mapping[str, Any], dataset: Mapping[str, Any], units: Se
         ]
         lines += [
             f"<details><summary>{escape(unit['tokenizer'])}: where its most used codes occur, and what they do</summary>",
-            _table(columns),
+            html_table(columns),
             _plots(semantic_plots.unit_figures(results, dataset, unit)),
             "</details>",
         ]
@@ -159,12 +183,21 @@ def _semantics(results: Mapping[str, Any], dataset: Mapping[str, Any], units: Se
 def _replay(replay: Mapping[str, Any]) -> str:
     tasks = len({e["task"] for e in replay["episodes"]})
     horizon = "" if replay["horizon"] is None else f" of {replay['horizon']} steps"
+    where = f"{len(replay['episodes'])} demonstrations of {tasks} tasks in {escape(str(replay['env']))}"
+    if replay.get("mode") == "closed loop":
+        what = (
+            f"From the start states of {where}: the scripted expert's next actions from the robot's current state, encoded"
+            f" and decoded in chunks{horizon} and executed. The line and band are these chunks without a tokenizer."
+        )
+    else:
+        what = (
+            f"{where}, encoded and decoded in chunks{horizon} and executed open loop from their start state. The line and"
+            " band are the demonstrations themselves."
+        )
     lines = [
-        "<h2>Replay in simulation</h2>",
-        f"<p>{len(replay['episodes'])} demonstrations of {tasks} tasks in {escape(str(replay['env']))}, encoded and"
-        f" decoded in chunks{horizon} and executed open loop from their start state. The line and"
-        " band are the demonstrations themselves.</p>",
-        _table(replay_columns(replay)),
+        f"<h2>Replay in simulation{', closed loop' if replay.get('mode') else ''}</h2>",
+        f"<p>{what}</p>",
+        html_table(replay_columns(replay)),
         _plots([("Success against error, 95 % intervals", plots.replay_figure(replay))]),
     ]
     if replay.get("paired"):
@@ -191,7 +224,7 @@ def _replay(replay: Mapping[str, Any]) -> str:
         ]
         lines += [
             "<details><summary>Every two tokenizers on the same demonstrations</summary>",
-            _table(columns),
+            html_table(columns),
             "</details>",
         ]
     return "\n".join(lines)
@@ -218,7 +251,8 @@ def _group_columns(units: Sequence[Mapping[str, Any]]) -> list[Column]:
     return columns
 
 
-def _table(columns: Sequence[Column]) -> str:
+def html_table(columns: Sequence[Column]) -> str:
+    """Rows below their titles, and what the columns mean."""
     head = "".join(f'<th title="{escape(c.meaning)}">{escape(c.title)}</th>' for c in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
@@ -243,23 +277,14 @@ def _plots(figures: Sequence[tuple[str, str]]) -> str:
 
 
 def _provenance(results: Mapping[str, Any]) -> str:
-    p = results["provenance"]
     facts = {
-        "command": p["command"],
-        "created": p["created"],
-        "seed": p["seed"],
-        "actok": f"{p['actok']}, commit {p['commit'] or 'unknown'}, code {p['code']}",
-        "processor": f"{p['cpu']}, {p['cores']} cores; threads {', '.join(f'{k}={v}' for k, v in p['threads'].items())}",
-        "platform": p["platform"],
-        "versions": f"python {p['python']}, " + ", ".join(f"{k} {v}" for k, v in p["packages"].items() if v),
+        **made_under(results["provenance"]),
         "settings": ", ".join(f"{k} {v}" for k, v in results["settings"].items()),
     } | {f"data: {d['name']}": f"{d['source']}, identity {d['identity'][:16]}" for d in results["datasets"]}
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
-    tokenizers = "".join(
-        f"<dt>{escape(u['tokenizer'])} on {escape(u['dataset'])}</dt>"
-        f"<dd>{escape(str(u['source']))} {escape(str(u['settings']))}"
-        f"{', weights ' + u['weights_hash'][:16] if u['status'] == 'ok' else ''}</dd>"
+    facts |= {
+        f"{u['tokenizer']} on {u['dataset']}": f"{u['source']} {u['settings']}"
+        + (f", weights {u['weights_hash'][:16]}" if u["status"] == "ok" else "")
         for u in results["results"]
         if not u["sweep"]
-    )
-    return f"<h2>Provenance</h2>\n<dl>{rows}{tokenizers}</dl>"
+    }
+    return f"<h2>Provenance</h2>\n{html_facts(facts)}"

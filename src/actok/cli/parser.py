@@ -139,15 +139,50 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("--fresh", action="store_true", help="do not reuse finished parts of an earlier run in DIR")
     _seed(v, "of the split and of every random test")
 
-    v = verb("replay", "execute decoded demonstrations in simulation, open loop", "simulate")
+    v = verb("replay", "execute decoded demonstrations in simulation, open or closed loop", "simulate")
     _tokenizers(v)
     v.add_argument("--env", default="metaworld", help="simulator (default: metaworld)")
-    v.add_argument("--out", required=True, metavar="DIR", help="writes replay.json there")
+    v.add_argument("--out", required=True, metavar="DIR", help="writes replay.json or closed_loop.json there")
     v.add_argument("--data", metavar="PATH", help="demonstrations with start states (default: collect them into DIR)")
     v.add_argument("--episodes", type=int, default=5, help="test episodes per task (default: 5)")
     v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: one second)")
     v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
+    v.add_argument(
+        "--closed-loop",
+        action="store_true",
+        help="at each chunk the scripted expert's next actions from where the robot is, not the demonstration's",
+    )
     _seed(v, "of the split")
+
+    v = verb("rollout", "let a trained policy act in simulation and count what it solves", "rollout")
+    v.add_argument("--policy", required=True, metavar="DIR", help="folder of `actok train-policy`, or Hub id")
+    v.add_argument(
+        "--env",
+        required=True,
+        metavar="NAME[/TASK,...]",
+        help="simulator and tasks, NAME/all for all of them (default: the tasks of the policy's training data)",
+    )
+    v.add_argument("--out", required=True, metavar="DIR", help="writes rollout.json, rollout.html and recordings there")
+    v.add_argument("--episodes", type=int, default=10, help="episodes per task (default: 10)")
+    v.add_argument("--head", metavar="NAME", help="which head acts, e.g. tokens or flow (default: the policy's first)")
+    v.add_argument("--execute", type=int, metavar="K", help="steps of each chunk to execute (default: the whole chunk)")
+    v.add_argument(
+        "--ensemble",
+        type=float,
+        metavar="X",
+        help="temporal ensembling: a chunk at every step, averaged with weights exp(-X i), i = 0 the oldest (ACT: 0.01)",
+    )
+    v.add_argument(
+        "--limit", type=float, default=1.5, metavar="X", help="steps, in lengths of a demonstration (default: 1.5)"
+    )
+    v.add_argument("--images", type=int, metavar="PIXELS", help="side of the policy's views (default: as in training)")
+    v.add_argument("--batch", type=int, default=16, metavar="N", help="episodes at a time (default: 16)")
+    v.add_argument("--device", default="cpu", help="where the policy runs, as torch names it (default: cpu)")
+    v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
+    v.add_argument(
+        "--record", type=int, metavar="N", help="episodes to film (default: 2 where the simulator has cameras)"
+    )
+    _seed(v, "of start states and draws")
 
     v = verb("demo", "collect, fit, compare, replay and report, in one go", "demo")
     v.add_argument("--data", metavar="PATH", help="own dataset or Hub id instead of collecting (no replay)")

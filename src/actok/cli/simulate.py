@@ -48,6 +48,7 @@ def collect_into(
 
 def _replay(args: argparse.Namespace) -> int:
     from actok.benchmark import replay_held_out, replay_text
+    from actok.benchmark.replays import CLOSED_LOOP_FILE, FILE
     from actok.core import find_preset, split_settings
 
     names = [name for name in args.tokenizers.split(",") if name]
@@ -69,7 +70,8 @@ def _replay(args: argparse.Namespace) -> int:
         horizon=args.horizon,
         seed=args.seed,
         workers=args.workers,
+        closed_loop=args.closed_loop,
     )
     print(replay_text(result))
-    print(f"written to {Path(args.out) / 'replay.json'}")
+    print(f"written to {Path(args.out) / (CLOSED_LOOP_FILE if args.closed_loop else FILE)}")
     return 0

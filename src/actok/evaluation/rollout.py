@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from actok.core import ConfigError, SpaceMismatchError
+from actok.core import ActokError, ConfigError, SpaceMismatchError
 from actok.envs import Env, Observation
 from actok.evaluation.intervals import success_rates
 from actok.evaluation.policy_calls import PolicyCalls, policy_facts
@@ -155,7 +155,11 @@ def rollout(
         from actok.evaluation.filming import film_some
 
         assert out is not None, "checked above"
-        result["recordings"] = film_some(env, trials, record, Path(out), workers=workers)
+        try:
+            result["recordings"] = film_some(env, trials, record, Path(out), workers=workers)
+        except ActokError as error:  # no OpenGL, mostly: what was measured must not be lost over pictures
+            warnings.warn(f"nothing was filmed: {error}", stacklevel=2)
+            result["recordings"] = []
     return result
 
 

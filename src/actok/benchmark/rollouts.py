@@ -1,0 +1,208 @@
+"""A saved policy in a named environment, as one step: load, roll out, write rollout.json and rollout.html, table."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from actok.benchmark.report import html_facts, html_page, html_table, made_under
+from actok.benchmark.results import plain, provenance, write_results
+from actok.benchmark.table import Column, number, percent, render_columns
+from actok.core import ConfigError
+from actok.core.files import write_bytes
+from actok.envs import Env, env_class, make_env
+
+__all__ = ["environment_for", "render_rollout", "roll_out", "rollout_columns", "rollout_text", "split_env"]
+
+
+def split_env(text: str) -> tuple[str, list[str] | None]:
+    """ "NAME/TASK,TASK" -> name and tasks; tasks None for "NAME" alone (the policy's own), ["all"] for "NAME/all"."""
+    name, slash, tasks = text.partition("/")
+    chosen = [task.strip() for task in tasks.split(",") if task.strip()]
+    if not name or (slash and not chosen):
+        raise ConfigError(f"env is {text!r}; give NAME, NAME/all or NAME/TASK,TASK, e.g. metaworld-state/reach-v3")
+    return name, chosen or None
+
+
+def environment_for(policy: Any, name: str, image_size: int | None = None) -> Env:
+    """The environment with the policy's views, at the size of its training images unless another is given.
+
+    Raises ConfigError as `make_env` does, and for an image size where the policy sees no images.
+    """
+    if not policy.views:
+        if image_size is not None:
+            raise ConfigError(
+                f"images of {image_size} pixels are asked for, but the policy looks at none; leave it out"
+            )
+        return make_env(name)
+    if not env_class(name).default_views:
+        raise ConfigError(f"the policy looks through {', '.join(policy.views)}, environment {name!r} has no cameras")
+    size = policy.meta.get("image_size") if image_size is None else image_size
+    options: dict[str, Any] = {} if size is None else {"image_size": size}
+    return make_env(name, views=policy.views, **options)
+
+
+def roll_out(
+    policy: str | Path,
+    env: str,
+    out: str | Path,
+    *,
+    episodes: int = 10,
+    seed: int = 0,
+    device: str = "cpu",
+    image_size: int | None = None,
+    record: int | None = None,
+    **settings: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Roll a saved policy out and write `out`/rollout.json, rollout.html and recordings; the result, and the folder.
+
+    Args:
+        policy: folder of `actok train-policy`, or Hub id.
+        env: see `split_env`.
+        out: folder; results of an earlier rollout there are replaced.
+        episodes: of each task.
+        seed: of start states and draws.
+        device: as torch names it.
+        image_size: of the policy's views, height and width in pixels; None: as in training.
+        record: episodes to film; None: 2 where the environment has cameras.
+        settings: see `actok.evaluation.rollout.rollout`.
+    """
+    from actok.evaluation.rollout import rollout
+    from actok.policies.load import load_policy
+
+    name, tasks = split_env(env)
+    loaded = load_policy(policy, device=device)
+    simulator = environment_for(loaded, name, image_size)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = list(simulator.tasks) if tasks == ["all"] else tasks
+    if record is None:
+        record = 2 if simulator.default_views else 0
+    result = rollout(simulator, loaded, chosen, episodes, seed=seed, record=record, out=folder, **settings)
+    result["policy"]["source"] = str(policy)
+    result["provenance"] = provenance(seed)
+    write_results(result, folder / "rollout.json")
+    write_bytes(folder / "rollout.html", render_rollout(plain(result), folder))
+    return result, folder
+
+
+def rollout_columns(result: Mapping[str, Any]) -> list[Column]:
+    """One row a task, the last one for all of them."""
+    rows = list(result["per_task"].items())
+    total = {
+        "n": len(result["success"]),
+        "success": sum(result["success"]),
+        "rate": result["rate"],
+        "ci95": result["ci95"],
+        "invalid": result["invalid"],
+        "limit": None,
+        "steps_to_success": result["steps_to_success"],
+    }
+    if len(rows) > 1:
+        rows.append(("all", total))
+    return [
+        Column(title="task", meaning="", cells=tuple(name for name, _ in rows)),
+        Column(
+            title="success",
+            meaning="episodes that are solved",
+            cells=tuple(f"{r['success']} of {r['n']}" for _, r in rows),
+        ),
+        Column(title="rate", meaning="", cells=tuple(percent(r["rate"]) for _, r in rows)),
+        Column(
+            title="95 % CI",
+            meaning="Wilson",
+            cells=tuple(f"{percent(r['ci95'][0])} to {percent(r['ci95'][1])}" for _, r in rows),
+        ),
+        Column(
+            title="invalid",
+            meaning="episodes that ended because a chunk was not valid; never executed",
+            cells=tuple(str(r["invalid"]) for _, r in rows),
+        ),
+        Column(title="steps", meaning="to success, mean", cells=tuple(number(r["steps_to_success"]) for _, r in rows)),
+        Column(
+            title="limit", meaning="steps", cells=tuple("-" if r["limit"] is None else str(r["limit"]) for _, r in rows)
+        ),
+    ]
+
+
+def rollout_text(result: Mapping[str, Any]) -> str:
+    """The table, and how the policy was called."""
+    title = f"{result['policy'].get('source', 'policy')} in {result['env']['name']}: {_how(result)}"
+    return "\n".join([title, "", *render_columns(rollout_columns(result)), "", *_sentences(result)])
+
+
+def render_rollout(result: Mapping[str, Any], folder: Path) -> str:
+    """The page as HTML: tables, latency, and the recordings in `folder` (pictures inside, videos as links)."""
+    policy = result["policy"]
+    parts = [
+        f"<h1>Rollout in {escape(result['env']['name'])}</h1>",
+        f"<p>{escape(str(policy.get('source', policy['kind'])))}: {escape(_how(result))}.</p>",
+        html_table(rollout_columns(result)),
+        *(f"<p>{escape(sentence)}</p>" for sentence in _sentences(result)),
+        "<h2>Latency</h2>",
+        "<p class=note>Milliseconds a call. Batched: the calls of this rollout. Single: observations of this rollout one at"
+        " a time, on one thread.</p>",
+        html_table(latency_columns(result)),
+    ]
+    if result.get("recordings"):
+        parts.append("<h2>Recordings</h2>")
+    for film in result.get("recordings", []):
+        picture = base64.b64encode((folder / film["sheet"]).read_bytes()).decode()
+        outcome = f"{film['task']}, episode {film['number']}: {'success' if film['success'] else 'failure'}"
+        link = f' <a href="{escape(film["video"])}">video</a>' if film["video"] else ""
+        parts.append(
+            f"<p><b>{escape(outcome)}</b> at step {film['steps']}, view {escape(film['view'])}.{link}"
+            f"{'' if film['reproduced'] else ' <span class=error>Not reproduced when filmed.</span>'}</p>"
+            f'<div class=scroll><img alt="{escape(outcome)}" src="data:image/png;base64,{picture}"></div>'
+        )
+    facts = {
+        "policy": f"{policy['kind']}, {policy['parameters']:,} parameters, chunks of {policy['horizon']} steps",
+        "tokenizer": f"{policy['tokenizer']['kind']}, weights {policy['tokenizer']['weights'][:16]}",
+        "sees": ", ".join([*policy["views"], *([f"a state of {policy['proprio']}"] if policy["proprio"] else [])]),
+        **made_under(result["provenance"]),
+    }
+    parts.append(f"<h2>Provenance</h2>\n{html_facts(facts)}")
+    return html_page(f"actok rollout: {result['env']['name']}", parts)
+
+
+def latency_columns(result: Mapping[str, Any]) -> list[Column]:
+    """Stages of a policy call, in batches and alone."""
+    batched, single = result["latency"]["batched"], result["latency"]["single"]
+
+    def cells(part: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(f"{number(ms['p50'])} / {number(ms['p95'])}" for ms in part["ms"].values())
+
+    return [
+        Column(title="stage", meaning="", cells=tuple(batched["ms"])),
+        Column(
+            title="batched",
+            meaning=f"median / 95th percentile of {batched['n']} calls for {number(batched['mean_size'])} robots on average",
+            cells=cells(batched),
+        ),
+        Column(title="single", meaning=f"of {single['n']} observations", cells=cells(single)),
+    ]
+
+
+def _how(result: Mapping[str, Any]) -> str:
+    steps = (
+        f"every step a chunk of {result['policy']['horizon']}, averaged with weight {result['ensemble']:g}"
+        if result["ensemble"] is not None
+        else f"{result['execute']} of {result['policy']['horizon']} steps of each chunk executed"
+    )
+    return f"head {result['head']}, {steps}, seed {result['seed']}"
+
+
+def _sentences(result: Mapping[str, Any]) -> list[str]:
+    batched, single = result["latency"]["batched"], result["latency"]["single"]
+    total = single["ms"]["total"]
+    seconds = result["seconds"]
+    return [
+        f"{result['chunks']} chunks in {result['calls']} calls, {number(result['passes'])} passes a chunk;"
+        f" {result['invalid']} invalid, {result['clipped']} values moved inside the limits",
+        f"latency of a chunk: {number(total['p50'])} ms alone (p95 {number(total['p95'])}, one thread),"
+        f" {number(batched['ms_per_chunk'])} ms in batches of {number(batched['mean_size'])};"
+        f" {result['steps']} steps in {seconds['total']:.0f} s, {seconds['policy']:.0f} s of them in the policy",
+    ]
