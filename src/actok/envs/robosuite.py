@@ -290,6 +290,10 @@ class RobosuiteEnv(Env):
             [model.geom(name).id for name in robot.gripper.important_geoms[side]]
             for side in ("left_fingerpad", "right_fingerpad")
         ]
+        fingers = [
+            frozenset(model.geom(name).id for name in robot.gripper.important_geoms[side])
+            for side in ("left_finger", "right_finger")
+        ]
         picked = model.body(task.picked).id
         thing = np.flatnonzero((model.geom_bodyid == picked) & (model.geom_contype > 0))
         return _Scene(
@@ -301,7 +305,7 @@ class RobosuiteEnv(Env):
             goal_object=None if task.goal_object is None else model.body(task.goal_object).id,
             finger_joints=(joints[0], joints[len(joints) // 2]),
             finger_pads=(pads[0][0], pads[1][0]),
-            gripping=(frozenset(pads[0]), frozenset(pads[1]), frozenset(thing.tolist())),
+            gripping=(fingers[0], fingers[1], frozenset(thing.tolist())),
         )
 
     def _begin(self, task: str, qpos: np.ndarray) -> Observation:
@@ -428,7 +432,7 @@ def _pose(data: Any, body: int) -> np.ndarray:
 
 
 def _touching(data: Any, gripping: tuple[frozenset[int], frozenset[int], frozenset[int]]) -> bool:
-    """Whether both finger pads touch the object."""
+    """Whether both fingers touch the object."""
     left, right, thing = gripping
     pairs = [set(pair) for pair in data.contact.geom[: data.ncon].tolist()]
     return all(any(pair & side and pair & thing for pair in pairs) for side in (left, right))

@@ -18,9 +18,11 @@ from actok.envs.base import Expert, ExpertAction, Observation
 METRES, RADIANS = 0.05, 0.5
 # The controller goes about a third of the way to its target in one step; asking for more than the distance makes up
 # for that, and for friction, which stops some arms short of a target near by.
-POSITION_GAIN, ROTATION_GAIN = 2.0, 1.0
+POSITION_GAIN, ROTATION_GAIN = 3.0, 1.0
 OPEN, CLOSE = -1.0, 1.0
-HOVER = 0.10  # m above the object, where the gripper turns and waits
+HOVER = 0.10  # m above the object, where the gripper turns
+MOST_TURN = 0.15  # rad off, with which it still goes down
+CROWDED = 0.15  # m from object to goal, within which open fingers may hit what is there
 SUBTASKS = ("approach", "descend", "grasp", "lift", "transport", "lower", "release", "retreat")
 
 __all__ = ["SceneState", "Waypoints"]
@@ -35,7 +37,7 @@ class SceneState:
         approach: [3] unit vector along the fingers; (0, 0, -1) points straight down.
         fingers: [3] from the left finger pad to the right one; its length is the opening.
         command: where the gripper's motor is told to be: -1 open, 1 closed.
-        held: 1 where both pads touch the object, else 0.
+        held: 1 where both fingers touch the object, else 0.
         object_pose: [7] of the object to be picked up.
         goal_pose: [7] where it is to be.
     """
@@ -83,14 +85,15 @@ class Waypoints(Expert):
         if observation.state is None:
             raise DataError("the observation has no state; give one of RobosuiteEnv")
         s = SceneState.from_vector(observation.state)
-        subtask, target, gripper = self._decide(s)
+        turn = _turn(s, keep_clear=self._carry_height is not None and not s.held and s.command < 0)
+        subtask, target, gripper = self._decide(s, float(np.linalg.norm(turn)))
         move = POSITION_GAIN / METRES * (target - s.gripper)
-        turn = ROTATION_GAIN / RADIANS * _turn(s)
+        turn *= ROTATION_GAIN / RADIANS
         action = np.clip(np.concatenate([move, turn, [gripper]]), -1, 1)
         return ExpertAction(action=action.astype(np.float32), subtask=SUBTASKS.index(subtask))
 
-    def _decide(self, s: SceneState) -> tuple[str, np.ndarray, float]:
-        """Sub-task, where the gripper should go [3], and what it should do."""
+    def _decide(self, s: SceneState, off: float) -> tuple[str, np.ndarray, float]:
+        """Sub-task, where the gripper should go [3], and what it should do. `off` is how far it has to turn, in rad."""
         thing, goal = s.object_pose[:3], s.goal_pose[:3]
         reach = thing - s.gripper
         aside = float(np.hypot(*reach[:2]))
@@ -109,7 +112,7 @@ class Waypoints(Expert):
             return "grasp", thing, CLOSE
         # Going down, the gripper may be further off than where it begins to.
         begun = s.gripper[2] < thing[2] + HOVER - 0.03
-        if aside < (0.02 if begun else 0.008):
+        if aside < (0.02 if begun else 0.008) and (begun or off < MOST_TURN):
             return "descend", thing, OPEN
         return "approach", thing + HOVER * up, OPEN
 
@@ -130,13 +133,21 @@ def _arrived(s: SceneState) -> bool:
     return float(np.hypot(*off[:2])) < 0.022 and -0.012 < off[2] < 0.008
 
 
-def _turn(s: SceneState) -> np.ndarray:
-    """Rotation vector [3], rad, that points the fingers down and lays their line along the nearest side of the object.
+def _turn(s: SceneState, *, keep_clear: bool) -> np.ndarray:
+    """Rotation vector [3], rad, that points the fingers down and lays their line along a side of the object.
 
-    Objects are boxes as far as a grasp from above goes: four sides, so at most an eighth of a turn.
+    Objects are boxes as far as a grasp from above goes: four sides, of which the nearest is at most an eighth of a turn
+    away. With `keep_clear`, where the goal is near by, it is the side that leaves the goal beside the fingers.
     """
     tilt = np.cross(s.approach, [0.0, 0.0, -1.0])
     side = Rotation.from_quat(s.object_pose[3:]).apply([1.0, 0.0, 0.0])
-    angle = np.arctan2(side[1], side[0]) - np.arctan2(s.fingers[1], s.fingers[0])
-    yaw = (angle + np.pi / 4) % (np.pi / 2) - np.pi / 4
+    now = np.arctan2(s.fingers[1], s.fingers[0])
+    yaw = (np.arctan2(side[1], side[0]) - now + np.pi / 4) % (np.pi / 2) - np.pi / 4
+    goal = s.goal_pose[:2] - s.object_pose[:2]
+    if (
+        keep_clear
+        and np.hypot(*goal) < CROWDED
+        and abs(np.cos(now + yaw - np.arctan2(goal[1], goal[0]))) > np.sqrt(0.5)
+    ):
+        yaw -= np.copysign(np.pi / 2, yaw)
     return tilt + np.array([0.0, 0.0, yaw])
