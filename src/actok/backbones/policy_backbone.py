@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from actok.backbones.decoder import DecoderBackbone, KVCache, Prefix
 from actok.backbones.images import check_images
@@ -43,11 +43,11 @@ class DeepPrefix(Prefix):
     """A prompt whose images also enter the first layers (Qwen3-VL); `run_prefix` adds them, `run` alone does not.
 
     Attributes:
-        is_image: bool [B, L], the tokens that images fill.
+        is_image: bool [B, l], the tokens that images fill, all among the first l; a policy may have appended more.
         deep: for each of the first layers, what its output gains at these tokens: float [number of them, W].
     """
 
-    is_image: Bool[Tensor, "B L"]
+    is_image: Bool[Tensor, "B l"]
     deep: tuple[Tensor, ...]
 
 
@@ -68,7 +68,7 @@ class TransformersBackbone(DecoderBackbone):
     first_position: ClassVar[int] = 0
     causal: ClassVar[bool] = True
 
-    def __init__(self, source: ModelSource, network: nn.Module) -> None:
+    def __init__(self, source: ModelSource, network: Any) -> None:
         """Adapt a network of one of `class_name` to the files in `source`.
 
         Raises ConfigError where its decoder is none that can be run exactly, or its table has fewer rows than its tokenizer
@@ -252,7 +252,7 @@ class TransformersBackbone(DecoderBackbone):
                 )
             embeds = embeds.masked_scatter(filled.is_image[..., None], features.to(embeds.dtype))
         positions, following = self._positions(filled, pixels)
-        made = {
+        made: dict[str, Any] = {
             "embeds": embeds * self._inner_scale,
             "real": filled.real,
             "positions": positions,
@@ -275,7 +275,11 @@ class TransformersBackbone(DecoderBackbone):
         mask: Bool[Tensor, "B n M"],
         cache: KVCache | None = None,
     ) -> tuple[Float[Tensor, "B n W"], KVCache]:
-        """As the base class. Raises DataError beyond `longest` positions."""
+        """As the base class.
+
+        Raises DataError beyond `longest` positions, and ConfigError with transformers' gradient checkpointing in training,
+        which leaves nothing for the cache.
+        """
         return self._pass(embeds, positions, mask, cache)
 
     def _pass(
@@ -299,6 +303,11 @@ class TransformersBackbone(DecoderBackbone):
             use_cache=True,
             **more,
         )
+        if len(store.all_keys) != self.layers:
+            raise ConfigError(
+                f"{len(store.all_keys)} of {self.layers} layers of {self.name} gave their keys and values; turn gradient"
+                " checkpointing off (it drops them)"
+            )
         return output.last_hidden_state, KVCache(keys=tuple(store.all_keys), values=tuple(store.all_values))
 
     def logits(self, hidden: Float[Tensor, "B n W"]) -> Float[Tensor, "B n V"]:

@@ -35,7 +35,7 @@ class PaliGemma(TransformersBackbone):
     first_position = 1
     causal = False
 
-    def __init__(self, source: ModelSource, network: nn.Module) -> None:
+    def __init__(self, source: ModelSource, network: Any) -> None:
         """As the base class."""
         super().__init__(source, network)
         self.images = FixedImages.load(source)
@@ -62,7 +62,7 @@ class QwenVL(TransformersBackbone):
     }
     decoders = ("qwen2_5_vl_text", "qwen3_vl_text")
 
-    def __init__(self, source: ModelSource, network: nn.Module) -> None:
+    def __init__(self, source: ModelSource, network: Any) -> None:
         """As the base class."""
         super().__init__(source, network)
         self.images = PatchImages.load(source)
@@ -111,7 +111,9 @@ class QwenVL(TransformersBackbone):
         """As the base class; Qwen3-VL's deep visual features are added to the outputs of the first layers."""
         more: dict[str, Any] = {}
         if isinstance(prefix, DeepPrefix):
-            more = {"visual_pos_masks": prefix.is_image, "deepstack_visual_embeds": list(prefix.deep)}
+            appended = prefix.embeds.shape[1] - prefix.is_image.shape[1]
+            is_image = nn.functional.pad(prefix.is_image, (0, appended))
+            more = {"visual_pos_masks": is_image, "deepstack_visual_embeds": list(prefix.deep)}
         return self._pass(prefix.embeds, prefix.positions, prefix.mask(), None, **more)
 
 
@@ -126,7 +128,7 @@ class InternVL(TransformersBackbone):
     decoders = ("qwen2", "qwen3", "llama")
     marks: ClassVar[tuple[str, str]] = ("<img>", "</img>")
 
-    def __init__(self, source: ModelSource, network: nn.Module) -> None:
+    def __init__(self, source: ModelSource, network: Any) -> None:
         """As the base class. Raises ConfigError also where the tokenizer lacks the marks around an image."""
         super().__init__(source, network)
         _require_tokens(self, self.marks)
@@ -176,7 +178,7 @@ class SmolVLM(TransformersBackbone):
     decoder_name = "text_model"
     marks: ClassVar[tuple[str, str]] = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
 
-    def __init__(self, source: ModelSource, network: nn.Module) -> None:
+    def __init__(self, source: ModelSource, network: Any) -> None:
         """As the base class. Raises ConfigError also where the tokenizer lacks the marks around an image."""
         super().__init__(source, network)
         _require_tokens(self, ("<fake_token_around_image>", "<global-img>"))
@@ -214,7 +216,9 @@ def _family(model_type: str, name: str) -> tuple[type[TransformersBackbone], str
     raise ConfigError(f"{name} is a {model_type}, which is no policy backbone; known model types are {known}")
 
 
-def load_backbone(spec: str | Path, *, device: str = "cpu", dtype: str | None = None) -> DecoderBackbone:
+def load_backbone(
+    spec: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+) -> DecoderBackbone:
     """A published vision-language model, by Hub id ("owner/name", "owner/name@revision") or local folder.
 
     All its weights are kept and trainable, but for those that nothing reads; it is in evaluation mode.
@@ -222,15 +226,17 @@ def load_backbone(spec: str | Path, *, device: str = "cpu", dtype: str | None = 
     Args:
         spec: Hub id or folder, in transformers' layout.
         device: as torch names it.
-        dtype: "float32", "bfloat16" or "float16"; None is float32 on the CPU and the checkpoint's own elsewhere.
+        dtype: float32, bfloat16 or float16, as torch's or by name; None is float32 on the CPU and the checkpoint's own
+            elsewhere.
 
     Raises:
-        ConfigError: no such model, a model type that no family here has, or a decoder that cannot be run exactly.
+        ConfigError: no such model, an unknown dtype, a model type that no family here has, or a decoder that cannot be run exactly.
         MissingExtraError: transformers is not installed.
     """
     source = find_model(spec)
     family, class_name = _family(source.model_type, source.name)
-    network = load_network(source, class_name, device=device, dtype=dtype, unused=family.unused)
+    wanted = None if dtype is None else str(dtype).removeprefix("torch.")
+    network = load_network(source, class_name, device=str(device), dtype=wanted, unused=family.unused)
     return family(source, network)
 
 
