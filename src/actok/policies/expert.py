@@ -7,14 +7,13 @@ emits codes in the same way. Deviation: norm and feed-forward are RMSNorm and Sw
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from actok.backbones.decoder import DecoderBackbone, KVCache
 from actok.core import ConfigError
-from actok.nn.transformer import FeedForward, rotate
+from actok.nn.transformer import DecoderBlock, rotary_angles
+from actok.policies.blocks import additive_mask
 
 __all__ = ["Expert"]
 
@@ -26,8 +25,11 @@ class Expert(nn.Module):
         super().__init__()
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
             raise ConfigError(f"the expert's width is {width!r}; give a whole number of at least 1")
-        self.width = width
-        self.layers = nn.ModuleList(_Layer(backbone, width) for _ in range(backbone.layers))
+        self.width, self.head_dim, self.rotary_base = width, backbone.head_dim, backbone.rotary_base
+        self.layers = nn.ModuleList(
+            DecoderBlock(width, backbone.heads, kv_heads=backbone.kv_heads, head_dim=backbone.head_dim)
+            for _ in range(backbone.layers)
+        )
         self.norm = nn.RMSNorm(width)
 
     def run(
@@ -41,36 +43,12 @@ class Expert(nn.Module):
 
         M = K + n. Returns hidden states, and the cache with this expert's n keys and values at its end.
         """
+        angles = rotary_angles(positions, self.head_dim, self.rotary_base)
+        added = additive_mask(mask, embeds.dtype)[:, None]
         keys, values = [], []
-        x, where = embeds, mask[:, None]
-        for layer, past_keys, past_values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, k, v = layer(x, positions, where, past_keys, past_values)
+        x = embeds
+        for layer, past in zip(self.layers, zip(cache.keys, cache.values, strict=True), strict=True):
+            x, k, v = layer(x, angles, added, (past[0].to(x.dtype), past[1].to(x.dtype)))
             keys.append(k)
             values.append(v)
         return self.norm(x), KVCache(keys=tuple(keys), values=tuple(values))
-
-
-class _Layer(nn.Module):
-    def __init__(self, backbone: DecoderBackbone, width: int) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.size = backbone.heads, backbone.kv_heads, backbone.head_dim
-        self.base = backbone.rotary_base
-        self.attention_norm, self.feed_norm = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.query = nn.Linear(width, self.heads * self.size, bias=False)
-        self.key_value = nn.Linear(width, 2 * self.kv_heads * self.size, bias=False)
-        self.out = nn.Linear(self.heads * self.size, width, bias=False)
-        self.feed = FeedForward(width)
-
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor, past_keys: Tensor, past_values: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        h = self.attention_norm(x)
-        q = self.query(h).unflatten(-1, (self.heads, self.size)).transpose(1, 2)
-        k, v = (
-            part.unflatten(-1, (self.kv_heads, self.size)).transpose(1, 2) for part in self.key_value(h).chunk(2, -1)
-        )
-        q, k = rotate(q, self.base, positions), rotate(k, self.base, positions)
-        k, v = torch.cat([past_keys.to(k.dtype), k], 2), torch.cat([past_values.to(v.dtype), v], 2)
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
-        x = x + self.out(found.transpose(1, 2).flatten(2))
-        return x + self.feed(self.feed_norm(x)), k, v

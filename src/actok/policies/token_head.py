@@ -198,7 +198,6 @@ class CodeExpert(nn.Module):
         super().__init__()
         self.expert = Expert(backbone, width)
         self.table = nn.Embedding(vocab.embeddings, width)
-        nn.init.normal_(self.table.weight, std=width**-0.5)
         self.out = nn.Linear(width, vocab.embeddings, bias=False)
 
     def embed(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B n w"]:
