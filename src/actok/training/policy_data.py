@@ -343,13 +343,13 @@ class _Encoder:
 
 def _embodiment(tokenizer: ActionTokenizer, datasets: Sequence[EpisodeDataset]) -> str:
     """The tokenizer's embodiment that all datasets are of, at its rate."""
-    found = {dataset.name: tokenizer.embodiment_for(dataset.space) for dataset in datasets}
-    if len(set(found.values())) > 1:
-        told = ", ".join(f"{embodiment} ({name})" for name, embodiment in found.items())
+    found = [tokenizer.embodiment_for(dataset.space) for dataset in datasets]
+    if len(set(found)) > 1:
+        told = ", ".join(f"{robot} ({dataset.name})" for robot, dataset in zip(found, datasets, strict=True))
         raise SpaceMismatchError(
             f"the datasets are of several robots: {told}; a policy drives one, so train one for each"
         )
-    embodiment = next(iter(found.values()))
+    embodiment = found[0]
     rate = tokenizer.spaces[embodiment].rate_hz
     for dataset in datasets:
         other = dataset.space.rate_hz
@@ -365,12 +365,11 @@ def _proprio_statistics(
     caches: Sequence[FrameCache], episodes: Sequence[np.ndarray], *, blind: bool
 ) -> Statistics | None:
     """Of the states of these episodes; None where there are no states, which is refused where no camera looks either."""
-    widths = {c.name: 0 if c.proprio is None else c.proprio.shape[1] for c in caches}
-    if len(set(widths.values())) > 1:
-        told = ", ".join(f"{width or 'no'} ({name})" for name, width in widths.items())
+    widths = [0 if c.proprio is None else c.proprio.shape[1] for c in caches]
+    if len(set(widths)) > 1:
+        told = ", ".join(f"{width} ({cache.name})" for width, cache in zip(widths, caches, strict=True))
         raise DataError(f"the datasets' states have different sizes: {told}; train on those of one size")
-    width = next(iter(widths.values()))
-    if not width:
+    if not (width := widths[0]):
         if blind:
             raise DataError(
                 f"dataset {caches[0].name!r} has no state and no views are named, so the policy would see nothing; name"
