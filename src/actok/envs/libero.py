@@ -10,7 +10,7 @@ variable LIBERO_ASSETS; they are the Hub dataset lerobot/libero-assets. Nothing 
 
 Tasks are "SUITE-INDEX", e.g. "libero_spatial-3", in the order of the benchmark's task order 0. Actions [7] are those of
 robosuite's OSC_POSE controller at 20 Hz. Proprioception [9]: position between the fingertips in m (3), orientation of the
-hand as a quaternion xyzw with x + y >= 0 (4), positions of the two fingers in m (2).
+hand as a quaternion xyzw with x >= 0, about 1 at the start (4), positions of the two fingers in m (2).
 
 A seed chooses one of the start states that the benchmark has for each task: number seed modulo their count. As the
 published evaluations do, the objects, which are stored a little above what they stand on, are let fall for SETTLE_STEPS
@@ -40,7 +40,7 @@ from actok.core.spaces import ActionSpace
 from actok.envs.base import Env, Expert, Observation
 from actok.envs.cameras import choose_backend
 from actok.envs.packaged import packaged_space
-from actok.envs.robosuite import down_quaternion, import_robosuite
+from actok.envs.robosuite import import_robosuite
 from actok.envs.seeding import global_generator
 
 VIEWS = ("agentview", "robot0_eye_in_hand", "frontview", "birdview", "sideview")
@@ -223,9 +223,9 @@ class LiberoEnv(Env):
             )
 
     def _observe(self, raw: Mapping[str, np.ndarray]) -> Observation:
-        proprio = np.concatenate(
-            [raw["robot0_eef_pos"], down_quaternion(raw["robot0_eef_quat"]), raw["robot0_gripper_qpos"]]
-        )
+        rotation = raw["robot0_eef_quat"]
+        rotation = -rotation if rotation[0] < 0 else rotation
+        proprio = np.concatenate([raw["robot0_eef_pos"], rotation, raw["robot0_gripper_qpos"]])
         # robosuite's images have their first row at the bottom.
         images = {view: np.ascontiguousarray(raw[f"{view}_image"][::-1]) for view in self._views}
         return Observation(proprio=proprio.astype(np.float32), images=images)

@@ -3,10 +3,10 @@
 Actions [7]: robosuite's OSC_POSE controller at 20 Hz with its default range, a displacement of the gripper (1 = 0.05 m),
 a rotation vector about world axes (1 = 0.5 rad), both from the current pose, and the gripper (negative opens, positive
 closes). The controller limits what lies beyond [-1, 1]. Proprioception [9]: position of the point between the fingertips
-in m (3), orientation of the hand as a quaternion xyzw (4), position of the first joint of either finger (2: m for the
-Panda's sliding fingers, rad for the Robotiq grippers of the other arms: the 85 mm one on UR5e and Kinova3, the 140 mm
-one on IIWA). The quaternion's sign is the one with x + y >= 0, since w, by which signs are usually chosen, is about zero
-for a gripper that points down.
+in m (3), orientation of the frame that the controller turns as a quaternion xyzw (4), position of the first joint of
+either finger (2: m for the Panda's sliding fingers, rad for the Robotiq grippers of the other arms: the 85 mm one on UR5e
+and Kinova3, the 140 mm one on IIWA). The quaternion's sign is the one with x + y >= 0, which is about 1.4 at the start;
+w, by which signs are usually chosen, is about zero for a gripper that points down.
 
 A start state is "qpos", the positions of all joints, the free ones of objects included. robosuite draws them from NumPy's
 global generator; here that is put at the seed for the moment, then back. The model itself is built once for each task.
@@ -49,7 +49,6 @@ __all__ = [
     "RobosuiteEnv",
     "UR5eEnv",
     "UR5eStateEnv",
-    "down_quaternion",
     "import_robosuite",
 ]
 
@@ -355,8 +354,13 @@ class RobosuiteEnv(Env):
 
     def _proprio(self, scene: _Scene, state: SceneState) -> np.ndarray:
         """[P] in float64."""
-        hand = scene.model.body(scene.simulator.robots[0].robot_model.eef_name).id
-        rotation = down_quaternion(_pose(scene.data, hand)[3:])
+        import mujoco
+
+        wxyz = np.empty(4)
+        mujoco.mju_mat2Quat(wxyz, scene.data.site_xmat[scene.simulator.robots[0].eef_site_id])
+        rotation = np.roll(wxyz, -1)
+        if rotation[0] + rotation[1] < 0:
+            rotation = -rotation
         return np.concatenate([state.gripper, rotation, scene.data.qpos[list(scene.finger_joints)]])
 
 
@@ -419,11 +423,6 @@ class Kinova3StateEnv(_ObjectsInProprio):
     """Kinova3Env with objects in the proprioception."""
 
     name, arm = "robosuite-kinova3-state", "Kinova3"
-
-
-def down_quaternion(xyzw: np.ndarray) -> np.ndarray:
-    """[4] the same rotation with x + y >= 0: one sign for all grippers that point down, near which none jumps."""
-    return -xyzw if xyzw[0] + xyzw[1] < 0 else xyzw
 
 
 def _pose(data: Any, body: int) -> np.ndarray:
