@@ -454,9 +454,9 @@ def test_gradients_reach_every_weight_that_is_trained_also_through_the_cache(fol
     trained = {k: v for k, v in backbone.named_parameters() if v.requires_grad}
     without = [k for k, v in trained.items() if v.grad is None]
     assert without == []
-    # The last layer's queries and MLP of the prompt feed nothing; all else of tower and projector has a gradient of numbers.
-    still = [k for k, v in trained.items() if not v.grad.abs().max() > 0]
-    assert all("k_proj.bias" in k or "qkv.bias" in k for k in still), still
+    # A softmax does not see what all keys share, so the bias of keys without rotary positions has none but rounding.
+    still = [k for k, v in trained.items() if not v.grad.abs().max() > 1e-9]
+    assert all("vis" in k and k.endswith("k_proj.bias") for k in still), still
     frozen = [k for k, v in backbone.named_parameters() if not v.requires_grad]
     assert all(".head." in k for k in frozen)
     assert bool(frozen) == name.startswith("paligemma")
@@ -588,6 +588,7 @@ def test_half_precision_keeps_rotary_frequencies_exact_in_the_twin(folders):
     torch.testing.assert_close(both[0], both[1], atol=0, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 def test_gradient_checkpointing_is_refused_in_training_where_it_would_empty_the_cache(folders):
     backbone = load_backbone(folders / "qwen2_5_vl").train()
     backbone.network.gradient_checkpointing_enable()
