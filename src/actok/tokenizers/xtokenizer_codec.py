@@ -73,6 +73,7 @@ class XTokenizerConfig:
     normaliser: NormaliserKind = "quantile"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", str(self.layout))  # `--set layout=26` is read as a number
         for name, known in (
             ("layout", get_args(LayoutName)),
             ("frame", get_args(FrameName)),
