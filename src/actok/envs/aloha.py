@@ -5,10 +5,10 @@ simulator limits them to the ranges of its motors. Proprioception [28]: the same
 their velocities per second. "aloha-state" has another proprioception, see AlohaStateEnv.
 
 The models and the rule of success are gym-aloha's; its 480 x 640 pictures, which take most of its time, are not made.
-Ten physics steps of 2 ms make one action, in the order in which gym-aloha (dm_control) takes them, so that the
-trajectories are its own. A start state is where the objects lie; gym-aloha's own random generator draws it, so that a
-seed means the same start there and here. The physics of a start is deterministic: a restored episode is the recorded
-one bit for bit.
+Ten physics steps of 2 ms make one action, in the order in which gym-aloha (dm_control) takes them, so that trajectories
+are its own to the last bit (of float64 actions; it rounds the grippers of float32 ones). A start state is where the
+objects lie; gym-aloha's own random generator draws it, so that a seed means the same start there and here. The physics
+of a start is deterministic: a restored episode is the recorded one bit for bit.
 """
 
 from __future__ import annotations
@@ -52,15 +52,18 @@ class _Snapshot:
 class AlohaEnv(Env):
     """Two tasks of two arms, "transfer-cube" and "insertion", each with a scripted expert of ours.
 
-    `views` are cameras to render, of VIEWS ("top" shows all, "left_wrist" and "right_wrist" the hands); `image_size`
-    their height and width in pixels. Raises ConfigError for an unknown view, MissingExtraError without gym-aloha.
+    `views` are cameras to render, of VIEWS ("top" and "angle" show most; in the wrists' views the hand itself takes most
+    of the picture); `image_size` their height and width in pixels. Raises ConfigError for an unknown view,
+    MissingExtraError without gym-aloha.
     """
 
     name = "aloha"
     max_steps = 300
     proprio_size: int | None = 28
-    default_views = ("top", "left_wrist", "right_wrist")
+    default_views = ("top", "angle", "front_close")  # those that gym-aloha renders
     tasks: Sequence[str] = tuple(MODELS)
+    _current: Any  # the model and the data of the episode at hand
+    _data: Any
 
     def __init__(self, views: Sequence[str] = (), image_size: int = 128) -> None:
         self._views = check_views("ALOHA", views, VIEWS, image_size)
@@ -180,8 +183,7 @@ class AlohaEnv(Env):
 
     def _close_episode(self) -> None:
         self._task, self._episode = "", object()
-        self._current: Any = None
-        self._data: Any = None
+        self._current = self._data = None
         self._objects = self._command = np.zeros(0)
 
     def _check_begun(self) -> None:
@@ -206,11 +208,14 @@ class AlohaEnv(Env):
         if self._views and self._cameras is None:
             self._cameras = Cameras(model, self._views, self._image_size)
         data = mujoco.MjData(model)
-        data.qpos[:] = np.concatenate([self._library.start_pose, objects])
-        data.ctrl[:] = self._library.start_pose
-        # As gym-aloha begins: the first accelerations are those without the motors.
+        # As gym-aloha begins (dm_control's nested resets), to the last bit, since each solution starts the solver's next:
+        # without motors, once in the model's own posture and twice in that of the start.
         enabled = model.opt.disableflags
         model.opt.disableflags = enabled | int(mujoco.mjtDisableBit.mjDSBL_ACTUATION)
+        mujoco.mj_forward(model, data)
+        data.qpos[:] = np.concatenate([self._library.start_pose, objects])
+        data.ctrl[:] = self._library.start_pose
+        mujoco.mj_forward(model, data)
         mujoco.mj_forward(model, data)
         model.opt.disableflags = enabled
         self._task, self._episode = task, object()
