@@ -30,8 +30,11 @@ def split_env(text: str) -> tuple[str, list[str] | None]:
 def environment_for(policy: Any, name: str, image_size: int | None = None) -> Env:
     """The environment with the policy's views, at the size of its training images unless another is given.
 
-    Raises ConfigError as `make_env` does, and for an image size where the policy sees no images.
+    Raises ConfigError as `make_env` does, for an image size where the policy sees no images, and for none where its
+    training images were not all square and of one size.
     """
+    from actok.evaluation.rollout import camera_of
+
     if not policy.views:
         if image_size is not None:
             raise ConfigError(
@@ -40,9 +43,15 @@ def environment_for(policy: Any, name: str, image_size: int | None = None) -> En
         return make_env(name)
     if not env_class(name).default_views:
         raise ConfigError(f"the policy looks through {', '.join(policy.views)}, environment {name!r} has no cameras")
-    size = policy.meta.get("image_size") if image_size is None else image_size
-    options: dict[str, Any] = {} if size is None else {"image_size": size}
-    return make_env(name, views=policy.views, **options)
+    if image_size is None:
+        sizes = {side for height_width in policy.meta.get("image_sizes", {}).values() for side in height_width}
+        if len(sizes) != 1:
+            raise ConfigError(
+                f"the policy's training images have sides of {', '.join(map(str, sorted(sizes))) or 'unknown'} pixels, and"
+                " simulators render squares; give the size with --images"
+            )
+        image_size = sizes.pop()
+    return make_env(name, views=tuple(camera_of(view) for view in policy.views), image_size=image_size)
 
 
 def roll_out(

@@ -36,7 +36,9 @@ from actok.policies.base import Policy, PolicyObservation
 # Keeps the start states of rollouts apart from those of demonstrations of the same seed.
 DOMAIN = int.from_bytes(b"roll", "big")
 
-__all__ = ["check_environment", "rollout", "start_seed", "training_tasks"]
+LEROBOT_IMAGES = "observation.images."
+
+__all__ = ["camera_of", "check_environment", "rollout", "start_seed", "training_tasks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +171,11 @@ def start_seed(seed: int, task: str, number: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
+def camera_of(view: str) -> str:
+    """An environment's name of a policy's view, which carries a prefix where the data came from a LeRobot folder."""
+    return view.removeprefix(LEROBOT_IMAGES)
+
+
 def training_tasks(policy: Policy) -> Mapping[str, float]:
     """Task -> mean length in steps of the demonstrations that the policy was trained on; empty where unknown."""
     return dict(policy.meta.get("task_steps") or {})
@@ -204,10 +211,11 @@ def _check_proprio(policy: Policy, size: int, where: str) -> None:
 
 def _check_observation(policy: Policy, observation: Observation) -> None:
     _check_proprio(policy, len(observation.proprio), "the environment")
-    if missing := [view for view in policy.views if view not in observation.images]:
+    cameras = [camera_of(view) for view in policy.views]
+    if missing := [name for name in cameras if name not in observation.images]:
         raise SpaceMismatchError(
-            f"the policy looks through {', '.join(policy.views)}, the environment shows"
-            f" {', '.join(observation.images) or 'no images'}; make it with views={list(policy.views)}"
+            f"the policy looks through {', '.join(cameras)}, the environment shows"
+            f" {', '.join(observation.images) or 'no images'}; make it with views={cameras}"
             f" (missing: {', '.join(missing)})"
         )
 
@@ -255,7 +263,7 @@ def _stacked(policy: Policy, live: Mapping[int, Trial], seen: Mapping[int, Obser
     return PolicyObservation(
         instruction=[trial.instruction for trial in live.values()],
         proprio=np.stack([o.proprio for o in observations]).astype(np.float32) if policy.proprio else None,
-        images={view: np.stack([o.images[view] for o in observations]) for view in policy.views},
+        images={view: np.stack([o.images[camera_of(view)] for o in observations]) for view in policy.views},
     )
 
 

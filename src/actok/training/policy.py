@@ -204,6 +204,7 @@ def _untrained(samples: PolicyData, backbone: Mapping[str, Any], config: VLAConf
             "backbone": dict(backbone),
             "data": list(samples.origin),
             "task_steps": dict(samples.task_steps),
+            "image_sizes": samples.image_sizes,
             "tokens": {"mean": float(lengths.mean()), "most": int(lengths.max())},
         },
     )

@@ -79,6 +79,11 @@ class PolicySamples:
         """int64 [M] tokens of each chunk."""
         return np.concatenate([np.diff(p.offsets) for p in self._parts])
 
+    @property
+    def image_sizes(self) -> dict[str, list[int]]:
+        """View -> height and width in pixels."""
+        return {view: list(pixels.shape[1:3]) for view, pixels in self._parts[0].images.pixels.items()}
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> PolicyBatch:
         """The samples of these indices [B] into 0..len-1, in this order. Raises DataError for one outside."""
         index = np.asarray(indices)
@@ -180,6 +185,11 @@ class PolicyData:
     def proprio(self) -> int:
         """P, 0 where the data have no state."""
         return 0 if self.proprio_statistics is None else self.proprio_statistics.dim
+
+    @property
+    def image_sizes(self) -> dict[str, list[int]]:
+        """View -> height and width in pixels."""
+        return self.train.image_sizes
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> PolicyBatch:
         """Training samples, see `PolicySamples.batch`."""
