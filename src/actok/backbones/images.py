@@ -103,8 +103,8 @@ class FixedImages:
         size = _sides(values["size"], "size") if values.get("do_resize", True) and values.get("size") else None
         crop = None
         if values.get("do_center_crop", False):
-            side = _sides(values.get("crop_size", 224), "crop_size")
-            crop = side if isinstance(side, tuple) else (side, side)
+            kept = _sides(values.get("crop_size", 224), "crop_size")
+            crop = kept if isinstance(kept, tuple) else (kept, kept)
         elif isinstance(size, int) and isinstance(values["size"], int):
             size = (size, size)  # a bare number without a crop is a square
         return cls(
