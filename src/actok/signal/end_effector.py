@@ -32,8 +32,8 @@ class JointActions:
     """Joint-space actions of poses.
 
     Attributes:
-        actions: float64 [B, T, D], raw units. From the first step of a chunk that an arm does not reach, its joints are NaN,
-            so that they cannot be executed by mistake, unless "closest" was asked for.
+        actions: float64 [B, T, D], raw units. From the first step of a chunk at which an arm does not reach its pose, the
+            joints of all arms are NaN, so that they cannot be executed by mistake, unless "closest" was asked for.
         reached: bool [B, T], whether every arm reaches its pose to 1e-6 m and 1e-6 rad.
         position_error: m [B, T], of the arm that misses its pose most.
         rotation_error: rad [B, T], likewise.

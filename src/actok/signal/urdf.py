@@ -52,7 +52,7 @@ def joints_between(source: str | Path, base: str, tip: str) -> list[UrdfJoint]:
     limits or without an axis.
     """
     robot, where = _parse(source)
-    links = [link.get("name", "") for link in robot.iter("link")]
+    links = [link.get("name", "") for link in robot.findall("link")]
     for link in (base, tip):
         if link not in links:
             raise ConfigError(f"{where} has no link {link!r}; it has {', '.join(links) or 'none'}")
