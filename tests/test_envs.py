@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from actok.core import ConfigError, DataError, MissingExtraError
-from actok.envs import Observation, list_envs, make_env
+from actok.envs import Observation, cameras, list_envs, make_env
 from actok.envs.branches import branches_of
 from pointmass import PointMass
 
@@ -317,6 +318,34 @@ print(centre([0, 0, 1, 0]) < centre([0, 0, -1, 0]) - 0.5)
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a window system is always there")
+@pytest.mark.parametrize(
+    ("installed", "told", "display", "chosen"),
+    [
+        ({"libEGL.so.1", "libOSMesa.so.8"}, None, None, "egl"),
+        ({"libOSMesa.so.6"}, None, None, "osmesa"),
+        (set(), None, None, "egl"),
+        ({"libEGL.so.1"}, "osmesa", None, "osmesa"),
+        ({"libOSMesa.so.8"}, None, ":0", None),
+    ],
+)
+def test_the_library_that_is_installed_renders(
+    monkeypatch: pytest.MonkeyPatch, installed: set, told: str | None, display: str | None, chosen: str | None
+) -> None:
+    def load(name: str) -> None:
+        if name not in installed:
+            raise OSError(name)
+
+    monkeypatch.setattr(cameras.ctypes, "CDLL", load)
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    for variable, value in (("MUJOCO_GL", told), ("DISPLAY", display)):
+        monkeypatch.setenv(variable, value or "")  # so that what is set here is undone in any case
+        if value is None:
+            monkeypatch.delenv(variable)
+    cameras.choose_backend()
+    assert os.environ.get("MUJOCO_GL") == chosen
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a window system is always there")

@@ -80,8 +80,9 @@ class Cameras:
             self._renderer = mujoco.Renderer(model, size, size)
         except Exception as error:  # each OpenGL backend raises its own kind
             raise ActokError(
-                f"images need an offscreen OpenGL, which failed ({type(error).__name__}: {error}); install libegl1 and"
-                " set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa, or make the environment without views"
+                f"images need an offscreen OpenGL, which failed ({type(error).__name__}: {error}); install libegl1,"
+                " libegl-mesa0 and libgl1-mesa-dri and set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa, or make the"
+                " environment without views"
             ) from error
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._option = mujoco.MjvOption()
