@@ -305,7 +305,7 @@ def test_a_recorded_demonstration_replays_from_the_file(env, tmp_path) -> None:
     [
         ({}, "has no qpos .it has: nothing.*actok collect"),
         ({"rand_vec": np.zeros(3)}, "it has: rand_vec"),
-        ({"qpos": np.zeros(3)}, "not a start state of lift on Panda, which has 16 positions"),
+        ({"qpos": np.zeros(3)}, "not a start state of Lift on Panda, which has 16 positions"),
         ({"qpos": np.zeros(16)}, "not a start state"),
         ({"qpos": np.full(16, np.nan)}, "not a start state"),
     ],

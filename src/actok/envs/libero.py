@@ -38,9 +38,9 @@ from actok.core.errors import ConfigError, DataError, MissingExtraError
 from actok.core.registry import CONFIGS, read_toml, suggest
 from actok.core.spaces import ActionSpace
 from actok.envs.base import Env, Expert, Observation
-from actok.envs.cameras import choose_backend
+from actok.envs.cameras import check_views
 from actok.envs.packaged import packaged_space
-from actok.envs.robosuite import import_robosuite
+from actok.envs.robosuite_scene import import_robosuite
 from actok.envs.seeding import global_generator
 
 VIEWS = ("agentview", "robot0_eye_in_hand", "frontview", "birdview", "sideview")
@@ -87,16 +87,9 @@ class LiberoEnv(Env):
             if suite not in known["tasks"]:
                 raise ConfigError(f"LIBERO has no suite {suite!r}; {suggest(suite, list(known['tasks']))}")
         self._tasks = {f"{suite}-{i}": (suite, i) for suite in self._suites for i in range(known["tasks"][suite])}
-        self._views = (views,) if isinstance(views, str) else tuple(views)
-        for view in self._views:
-            if view not in VIEWS:
-                raise ConfigError(f"LIBERO has no view {view!r}; it has {', '.join(VIEWS)}")
-        if not isinstance(image_size, int) or not 16 <= image_size <= 2048:
-            raise ConfigError(f"image_size is {image_size!r}; give a whole number of pixels from 16 to 2048")
+        self._views = check_views("LIBERO", views, VIEWS, image_size)
         self._image_size = image_size
         self._given_assets = assets
-        if self._views:
-            choose_backend()
         self._library = _import_libero()
         self._assets = _find_assets(assets, self._library["root"])
         self._benchmarks: dict[str, Any] = {}
