@@ -60,6 +60,7 @@ class Task:
         files: to write into the folder before, by name.
         command: the command line.
         said: what is said when it starts.
+        accepted: exit codes of a command that made what was asked for.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Task:
     files: Mapping[str, str]
     command: Sequence[str]
     said: str
+    accepted: Sequence[int] = (0,)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -78,6 +80,7 @@ class _Running:
     folder: Path
     process: subprocess.Popen[bytes]
     since: float
+    accepted: Sequence[int]
 
 
 def tokenizer_folder(places: Places, name: str) -> Path:
@@ -230,13 +233,15 @@ def _start(task: Task, places: Places, say: Callable[[str], None]) -> _Running:
         process = subprocess.Popen(
             task.command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
         )
-    return _Running(name=task.name, folder=folder, process=process, since=time.monotonic())
+    return _Running(
+        name=task.name, folder=folder, process=process, since=time.monotonic(), accepted=tuple(task.accepted)
+    )
 
 
 def _ended(one: _Running, say: Callable[[str], None]) -> bool:
     """Say how a task ended; True where it succeeded. A failure is recorded."""
     code, seconds = one.process.returncode, time.monotonic() - one.since
-    if code == 0:
+    if code in one.accepted:
         say(f"{one.name}: done in {seconds:.0f} s")
         return True
     last = (one.folder / "log.txt").read_text(errors="replace").splitlines()[-20:]
