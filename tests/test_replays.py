@@ -71,3 +71,15 @@ def test_a_tokenizer_of_another_split_is_mentioned(demonstrations, tmp_path, cap
         == 0
     )
     assert "may have seen episodes replayed here" in capsys.readouterr().err
+
+
+def test_closed_loop_replay_has_its_own_file_and_baseline(demonstrations, tmp_path, capsys):
+    arguments = ["--data", str(demonstrations), "--out", str(tmp_path), "--workers", "1"]
+    assert main(["replay", "--closed-loop", "--tokenizers", "bins", *arguments]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["closed_loop.json"]
+    result = json.loads((tmp_path / "closed_loop.json").read_text())
+    assert list(result["tokenizers"]) == ["expert", "bins"]
+    assert result["tokenizers"]["expert"]["rate"] == 1.0
+    printed = capsys.readouterr().out
+    assert "Closed-loop replay in metaworld, 2 demonstrations" in printed
+    assert "bins against expert" in printed

@@ -430,3 +430,94 @@ def test_a_video_holds_the_frames(tmp_path) -> None:
     assert len(read) == 23
     assert rate == pytest.approx(26.5)
     assert [abs(int(image.mean()) - 8 * n) < 6 for n, image in enumerate(read)] == [True] * 23
+
+
+# -- the verb ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> str:
+    """An untrained policy for Meta-World's state variant, small enough to act at once."""
+    pytest.importorskip("metaworld")
+    from actok.policies.prompt import StateRange
+    from actok.policies.tiny import TinyConfig, TinyVLM
+    from actok.policies.vla import VLA, VLAConfig
+
+    space = make_env("metaworld-state").space
+    rng = np.random.default_rng(0)
+    part = FitPart(actions=np.clip(rng.normal(size=(29, HORIZON, space.dim)), -1, 1).astype(np.float32), space=space)
+    backbone = TinyVLM.create(TinyConfig(width=32, layers=1, heads=2), ["move the gripper to the goal"], ())
+    policy = VLA.create(
+        backbone,
+        BinsTokenizer.fit([part], BinsConfig(bins=17)),
+        VLAConfig(),
+        state=StateRange(low=-np.ones(21), high=np.ones(21)),
+        meta={"task_steps": {"reach-v3": 9.0}},
+    )
+    folder = tmp_path_factory.mktemp("policy") / "small"
+    policy.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_verb_writes_result_and_page_and_prints_the_table(saved: str, tmp_path, capsys) -> None:
+    from actok.cli import main
+
+    arguments = ["--policy", saved, "--env", "metaworld-state", "--episodes", "2", "--workers", "1"]
+    assert main(["rollout", *arguments, "--out", str(tmp_path / "r"), "--record", "0"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "r" / "rollout.json").read_text())
+    page = (tmp_path / "r" / "rollout.html").read_text()
+    assert list(result["per_task"]) == ["reach-v3"]
+    assert [e["steps"] for e in result["episodes"] if not e["success"]] == [14] * (2 - sum(result["success"]))
+    assert result["policy"]["source"] == saved
+    assert result["invalid"] == 0
+    assert "reach-v3" in printed
+    assert f"of {HORIZON} steps of each chunk executed" in printed
+    assert f"head {result['head']}" in page
+    assert "http" not in page, "nothing is loaded from elsewhere"
+
+    from actok.benchmark.rollouts import render_rollout
+
+    (tmp_path / "sheet.png").write_bytes(b"picture")
+    film = {"task": "a<b", "number": 3, "success": True, "steps": 5, "view": "top", "sheet": "sheet.png"}
+    result["recordings"] = [film | {"video": "film.mp4", "reproduced": False}]
+    shown = render_rollout(result, tmp_path)
+    assert "a&lt;b, episode 3: success" in shown
+    assert "data:image/png;base64,cGljdHVyZQ==" in shown
+    assert 'href="film.mp4"' in shown
+    assert "Not reproduced" in shown
+    assert "Not reproduced" not in page
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ("metaworld-state/rech-v3", "did you mean 'reach-v3'"),
+        ("metaworld-state/", "give NAME, NAME/all or NAME/TASK,TASK"),
+        ("metaworld", "a state of 21 numbers, environment 'metaworld' gives 26"),
+        ("metawrld", "no environment is called 'metawrld'"),
+    ],
+)
+def test_the_verb_names_what_does_not_fit(saved: str, env: str, words: str, tmp_path, capsys) -> None:
+    from actok.cli import main
+
+    assert main(["rollout", "--policy", saved, "--env", env, "--out", str(tmp_path), "--workers", "1"]) == 1
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_views_have_the_size_of_the_training_images() -> None:
+    pytest.importorskip("metaworld")
+    from actok.benchmark.rollouts import environment_for, split_env
+
+    policy = Scripted(views=("observation.images.corner2",))
+    policy.meta = {"image_sizes": {"observation.images.corner2": [48, 48]}}
+    assert environment_for(policy, "metaworld").__reduce__()[1] == (("corner2",), 48)
+    assert environment_for(policy, "metaworld", 32).__reduce__()[1] == (("corner2",), 32)
+    policy.meta = {"image_sizes": {"observation.images.corner2": [48, 64]}}
+    with pytest.raises(ConfigError, match="sides of 48, 64 pixels"):
+        environment_for(policy, "metaworld")
+    with pytest.raises(ConfigError, match="the policy looks at none"):
+        environment_for(Scripted(), "metaworld", 32)
+    assert split_env("a-b/c,d") == ("a-b", ["c", "d"])
+    assert split_env("a") == ("a", None)
