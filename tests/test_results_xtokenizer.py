@@ -180,7 +180,7 @@ def test_images_are_judged_on_new_recordings_of_the_same_tasks(seen, monkeypatch
 
 def test_the_page_shows_means_over_seeds_and_the_widest_interval():
     rows = {
-        "0": {"probe_phase_0": 0.5, "interval_phase_0": [0.4, 0.6], "l1": 0.1},
+        "0": {"probe_phase_0": 0.5, "interval_phase_0": [0.4, 0.6], "l1": 0.1, "bits_phase_0": 4e-16},
         "1": {"probe_phase_0": 0.7, "interval_phase_0": [0.45, 0.8], "l1": 0.3},
     }
     own = {
@@ -191,8 +191,9 @@ def test_the_page_shows_means_over_seeds_and_the_widest_interval():
         "variants": {"images": rows, "words": {}},
     }
     page = images_page({"teacher": None, "features": {}, "judged": {"own": own}})
-    assert "| images | 2 | - | 60 % (40 to 80) | - | - | - | 0.2 (0.1 to 0.3) | - | - | - |" in page
-    assert "| words | 0 | - | - | - | - | - | - | - | - | - |" in page
+    assert "| images | 2 | - | 60 % (40 to 80) | - | - | 0 | 0.2 (0.1 to 0.3) | - |" in page
+    assert "| words | 0 | - | - | - | - | - | - | - |" in page
+    assert "text to chunk" not in page  # nobody asked for words
     assert "phase 30 % and 25 %" in page
     assert "680 chunks of 10 test episodes" in page
 

@@ -38,6 +38,8 @@ MEANING = {
     "neither": "no objective: plain residual VQ",
 }
 
+RETRIEVED = ("text_to_chunk", "chunk_to_text")
+
 __all__ = ["images_body", "images_page"]
 
 
@@ -58,8 +60,7 @@ def images_body(work: Workshop) -> dict[str, Any]:
             }
     features = {}
     for variant in ("images", "words"):
-        path = teacher_of(variant, work).features / DATA / "meta.json"
-        if path.exists():
+        for path in teacher_of(variant, work).features.glob(f"{DATA}-*/meta.json"):
             meta = json.loads(path.read_text())
             features[variant] = {k: meta[k] for k in ("rows", "views", "teacher")} | {"dim": meta["teacher"]["dim"]}
     return {"teacher": teacher_facts(work), "features": features, "judged": judged, "jobs": _jobs(work)}
@@ -108,6 +109,10 @@ def images_page(body: Mapping[str, Any]) -> str:
         "",
         *(f"* `{name}`: {text}" for name, text in MEANING.items()),
         "",
+        "The labels that are asked for are in the words that both teachers read. So the probes cannot show what an image adds to"
+        " them, but whether features that change with every image align codes as well as words do, and whether that holds for"
+        " recordings that nobody has seen.",
+        "",
         "```",
         f"actok teacher --data {' '.join(IMAGES)} --out TEACHER --steps {TEACHER_STEPS} --seed 0",
         f"actok features --data {DATA} --teacher TEACHER --out FEATURES",
@@ -153,24 +158,28 @@ def _judged(body: Mapping[str, Any]) -> list[str]:
         "new": f"Other recordings of the same tasks ({NEW}), no images",
     }
     for name, found in body["judged"].items():
+        asked = any(f"{RETRIEVED[0]}_recall1" in row for rows in found["variants"].values() for row in rows.values())
+        retrieved = RETRIEVED if asked else ()
+        columns = ["seeds", *PROBED, "bits: instruction", "bits: phase", "l1", "noise 0.008"]
+        columns += [way.replace("_", " ") for way in retrieved]
         lines += [
             "",
             f"## {words[name]}",
             "",
             f"{found['test_chunks']} chunks of {found['test_episodes']} test episodes. Probes of level-0 codes: mean over seeds;"
             " in brackets the lowest and highest end of the seeds' 95 % intervals, from resampling test episodes. Other"
-            " figures: mean (smallest to largest).",
+            " figures: mean (smallest to largest). Bits of the instruction are 0 where a task has a single test episode.",
             "",
-            "| aligned with | seeds | task | phase | verb | bits: instruction | bits: phase | l1 | noise 0.008 |"
-            " text to chunk | chunk to text |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+            f"| aligned with | {' | '.join(columns)} |",
+            "|---|" + "---:|" * len(columns),
         ]
         for variant, rows in found["variants"].items():
             cells = [
                 str(len(rows)),
                 *(_probe(rows, f"{label}_0") for label in PROBED),
-                *(cell(rows, column, plain) for column in ("bits_instruction_0", "bits_phase_0", "l1", "noise_0.008")),
-                *(cell(rows, f"{way}_recall1", share) for way in ("text_to_chunk", "chunk_to_text")),
+                *(cell(rows, f"bits_{label}_0", _bits) for label in ("instruction", "phase")),
+                *(cell(rows, column, plain) for column in ("l1", "noise_0.008")),
+                *(cell(rows, f"{way}_recall1", share) for way in retrieved),
             ]
             lines.append(f"| {variant} | " + " | ".join(cells) + " |")
         lines += [
@@ -191,6 +200,11 @@ def _judged(body: Mapping[str, Any]) -> list[str]:
             ]
             lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _bits(value: float) -> str:
+    """Rounding errors are 0."""
+    return plain(value) if abs(value) > 1e-9 else "0"
 
 
 def _probe(rows: Mapping[str, Mapping[str, Any]], name: str) -> str:

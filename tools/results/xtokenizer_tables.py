@@ -7,7 +7,7 @@ from typing import Any
 
 from results.curves import figures
 from results.places import METAWORLD
-from results.xtokenizer import ABLATION_STEPS, ALONE_STEPS, SEEDS, UNION_STEPS
+from results.xtokenizer import ABLATION_STEPS, ALONE_STEPS, LEFT_OUT, SEEDS, UNION_STEPS
 from results.xtokenizer_measure import CRITERION, FAST_UNION
 
 COMMAND = "make results ONLY=semantic TEACHER=... DATA_ROOT=..."
@@ -252,8 +252,8 @@ def arms_page(arms: Mapping[str, Any] | None, shared: Mapping[str, Any] | None) 
         conditions(arms["provenance"] if arms else None),
         "",
         f"`union`: xtokenizer-tiny with all objectives, {UNION_STEPS} steps on all robots; `left out`: the same without"
-        " that robot, which is then encoded through `adapt`, the embodiment unknown to the network (-: it has channels that no"
-        " other robot has, and is refused); `alone`: one tokenizer"
+        " that robot, which is then encoded through `adapt`, the embodiment unknown to the network (refused: it has channels"
+        " that no other robot has); `alone`: one tokenizer"
         f" for that robot, {ALONE_STEPS} steps; `plain RVQ`: the union without objectives; `FASTerVQ`: fastervq-tiny of as"
         " many tokens and bits; `FAST`: fitted on the training chunks of all robots, variable length. l1 in normalised"
         " units, on held-out episodes; in brackets the share of steps within 0.1. [Figures as JSON](arms.json).",
@@ -299,10 +299,15 @@ def _arms_table(arms: Mapping[str, Any]) -> list[str]:
         )
         lines.append(
             f"| {name} | {robot['dim']} | {robot['rate_hz'] or '-'} | {robot['test_chunks']} | "
-            + " | ".join(cells.get(column, "-") for column in columns)
+            + " | ".join(cells.get(column, _none(name, column)) for column in columns)
             + " |"
         )
     return lines
+
+
+def _none(robot: str, column: str) -> str:
+    """What stands where nothing is measured."""
+    return "refused" if column == f"without-{robot}" and robot not in LEFT_OUT else "-"
 
 
 def _shared_table(shared: Mapping[str, Any]) -> list[str]:
