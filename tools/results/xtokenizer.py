@@ -7,6 +7,8 @@ Four steps, each resumable (work files in runs/results/semantic):
     bench       xtokenizer_measure.py
     pages       xtokenizer_pages.py: docs/results/semantic
 
+Beside them, in the same steps, a teacher that is shown images: xtokenizer_images.py.
+
 The teacher is what `actok features --teacher` takes: a Hub id, or the folder of a sentence encoder, of a vision-language
 model, or of `actok teacher`.
 """

@@ -190,7 +190,7 @@ def index_page(
         "```",
         "",
         f"{len(jobs)} of {len(SEMANTIC_JOBS)} jobs are trained. The union: {', '.join(UNION)}; left out in turn:"
-        f" {', '.join(LEFT_OUT)}; split of seed {SEED}.",
+        f" {', '.join(name for name in LEFT_OUT if f'without-{name}' in jobs) or 'none'}; split of seed {SEED}.",
     ]
     if speed is not None and ratio is not None:
         lines += [
