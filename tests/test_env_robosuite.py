@@ -31,6 +31,7 @@ def scene(**changes) -> SceneState:
         "held": 0.0,
         "object_pose": np.array([0.1, 0.2, 0.82, *IDENTITY]),
         "goal_pose": np.array([0.1, -0.2, 0.85, *IDENTITY]),
+        "beside": np.zeros(2),
     }
     return SceneState(**(values | changes))
 
@@ -108,12 +109,11 @@ def test_a_turn_points_down_and_lays_the_fingers_along_a_side(keep_clear: bool) 
     generator = np.random.default_rng(0)
     for _ in range(53):
         yaw, object_yaw, towards = generator.uniform(-np.pi, np.pi, 3)
-        goal = np.array([0.1 + 0.07 * np.cos(towards), 0.2 + 0.07 * np.sin(towards), 0.85, *IDENTITY])
         upright = Rotation.from_euler("z", object_yaw).as_quat()
         state = scene(
             fingers=0.08 * np.array([np.cos(yaw), np.sin(yaw), 0.0]),
             object_pose=np.array([0.1, 0.2, 0.82, *upright]),
-            goal_pose=goal,
+            beside=np.array([np.cos(towards), np.sin(towards)]),
         )
         turn = _turn(state, keep_clear=keep_clear)
         after = Rotation.from_rotvec(turn).apply(state.fingers)
@@ -130,7 +130,7 @@ def test_a_turn_points_down_and_lays_the_fingers_along_a_side(keep_clear: bool) 
 
 
 def test_a_state_survives_its_vector_and_others_are_refused() -> None:
-    vector = np.arange(25.0)
+    vector = np.arange(27.0)
     assert np.array_equal(SceneState.from_vector(vector).to_vector(), vector)
     with pytest.raises(DataError, match=r"shape \(39,\)"):
         SceneState.from_vector(np.zeros(39))

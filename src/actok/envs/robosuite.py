@@ -130,7 +130,7 @@ class RobosuiteEnv(Env):
     def expert(self, task: str) -> Expert:
         """Waypoints for the OSC controller, see Waypoints."""
         self.check_task(task)
-        return Waypoints(TASKS[task].carry_height)
+        return Waypoints(TASKS[task].carry_height, TASKS[task].drop)
 
     def snapshot(self) -> Any:
         """See Env.snapshot; some microseconds."""

@@ -22,7 +22,6 @@ POSITION_GAIN, ROTATION_GAIN = 3.0, 1.0
 OPEN, CLOSE = -1.0, 1.0
 HOVER = 0.10  # m above the object, where the gripper turns
 MOST_TURN = 0.15  # rad off, with which it still goes down
-CROWDED = 0.15  # m from object to goal, within which open fingers may hit what is there
 SUBTASKS = ("approach", "descend", "grasp", "lift", "transport", "lower", "release", "retreat")
 
 __all__ = ["SceneState", "Waypoints"]
@@ -30,7 +29,7 @@ __all__ = ["SceneState", "Waypoints"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SceneState:
-    """What the expert knows, as the vector `Observation.state` [25] holds it; world axes, m, quaternions xyzw.
+    """What the expert knows, as the vector `Observation.state` [27] holds it; world axes, m, quaternions xyzw.
 
     Attributes:
         gripper: [3] the point between the fingertips.
@@ -40,6 +39,8 @@ class SceneState:
         held: 1 where both fingers touch the object, else 0.
         object_pose: [7] of the object to be picked up.
         goal_pose: [7] where it is to be.
+        beside: [2] horizontal unit vector from the object to what stands so near that open fingers, or the hand, may
+            hit it; zero where nothing does.
     """
 
     gripper: np.ndarray
@@ -49,17 +50,19 @@ class SceneState:
     held: float
     object_pose: np.ndarray
     goal_pose: np.ndarray
+    beside: np.ndarray
 
     def to_vector(self) -> np.ndarray:
-        """float64 [25]."""
-        parts = (self.gripper, self.approach, self.fingers, [self.command, self.held], self.object_pose, self.goal_pose)
+        """float64 [27]."""
+        flags = [self.command, self.held]
+        parts = (self.gripper, self.approach, self.fingers, flags, self.object_pose, self.goal_pose, self.beside)
         return np.concatenate(parts).astype(np.float64)
 
     @classmethod
     def from_vector(cls, vector: np.ndarray) -> SceneState:
-        """From float64 [25]. Raises DataError for another size."""
-        if vector.shape != (25,):
-            raise DataError(f"the state has shape {vector.shape}, the expert reads [25]; give one of RobosuiteEnv")
+        """From float64 [27]. Raises DataError for another size."""
+        if vector.shape != (27,):
+            raise DataError(f"the state has shape {vector.shape}, the expert reads [27]; give one of RobosuiteEnv")
         return cls(
             gripper=vector[0:3],
             approach=vector[3:6],
@@ -68,16 +71,18 @@ class SceneState:
             held=float(vector[10]),
             object_pose=vector[11:18],
             goal_pose=vector[18:25],
+            beside=vector[25:27],
         )
 
 
 class Waypoints(Expert):
     """Goes above the object, down, grasps, lifts; with `carry_height` (m, of the object on its way) also carries it to
-    the goal, lowers it, lets go and moves off. Without, it lifts the object to the goal's height.
+    the goal, lowers it, lets go `drop` m above it at most and moves off. Without, it lifts the object to the goal's
+    height.
     """
 
-    def __init__(self, carry_height: float | None = None) -> None:
-        self._carry_height = carry_height
+    def __init__(self, carry_height: float | None = None, drop: float = 0.008) -> None:
+        self._carry_height, self._drop = carry_height, drop
         self.subtask_names = SUBTASKS[:4] if carry_height is None else SUBTASKS
 
     def __call__(self, observation: Observation) -> ExpertAction:
@@ -85,7 +90,7 @@ class Waypoints(Expert):
         if observation.state is None:
             raise DataError("the observation has no state; give one of RobosuiteEnv")
         s = SceneState.from_vector(observation.state)
-        turn = _turn(s, keep_clear=self._carry_height is not None and not s.held and s.command < 0)
+        turn = _turn(s, keep_clear=not s.held and s.command < 0)
         subtask, target, gripper = self._decide(s, float(np.linalg.norm(turn)))
         move = POSITION_GAIN / METRES * (target - s.gripper)
         turn *= ROTATION_GAIN / RADIANS
@@ -98,7 +103,7 @@ class Waypoints(Expert):
         reach = thing - s.gripper
         aside = float(np.hypot(*reach[:2]))
         up = np.array([0.0, 0.0, 1.0])
-        if self._carry_height is not None and _arrived(s):
+        if self._carry_height is not None and _arrived(s, self._drop):
             if s.held or s.command > -0.9:
                 return "release", s.gripper, OPEN
             return "retreat", s.gripper + 0.05 * up, OPEN
@@ -127,27 +132,23 @@ class Waypoints(Expert):
         return "transport", s.gripper + np.array([*(goal - thing)[:2], height - thing[2]]), CLOSE
 
 
-def _arrived(s: SceneState) -> bool:
+def _arrived(s: SceneState, drop: float) -> bool:
     """Whether the object is where it should be, held or not: it may be let go of there."""
     off = s.object_pose[:3] - s.goal_pose[:3]
-    return float(np.hypot(*off[:2])) < 0.022 and -0.012 < off[2] < 0.008
+    return float(np.hypot(*off[:2])) < 0.022 and -0.012 < off[2] < drop
 
 
 def _turn(s: SceneState, *, keep_clear: bool) -> np.ndarray:
     """Rotation vector [3], rad, that points the fingers down and lays their line along a side of the object.
 
     Objects are boxes as far as a grasp from above goes: four sides, of which the nearest is at most an eighth of a turn
-    away. With `keep_clear`, where the goal is near by, it is the side that leaves the goal beside the fingers.
+    away. With `keep_clear`, where something is beside the object, it is the side that leaves it beside the fingers.
     """
     tilt = np.cross(s.approach, [0.0, 0.0, -1.0])
     side = Rotation.from_quat(s.object_pose[3:]).apply([1.0, 0.0, 0.0])
     now = np.arctan2(s.fingers[1], s.fingers[0])
     yaw = (np.arctan2(side[1], side[0]) - now + np.pi / 4) % (np.pi / 2) - np.pi / 4
-    goal = s.goal_pose[:2] - s.object_pose[:2]
-    if (
-        keep_clear
-        and np.hypot(*goal) < CROWDED
-        and abs(np.cos(now + yaw - np.arctan2(goal[1], goal[0]))) > np.sqrt(0.5)
-    ):
+    line = np.array([np.cos(now + yaw), np.sin(now + yaw)])
+    if keep_clear and abs(line @ s.beside) > np.sqrt(0.5):
         yaw -= np.copysign(np.pi / 2, yaw)
     return tilt + np.array([0.0, 0.0, yaw])

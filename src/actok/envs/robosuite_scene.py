@@ -22,6 +22,8 @@ from actok.envs.seeding import global_generator
 
 # robosuite's start positions have Gaussian noise of 0.02 rad on each joint of the arm; ten times that is another arm.
 MOST_JOINT_NOISE = 0.2
+# Within this distance of an object, m, open fingers or the hand may hit what is there.
+NEAR = 0.15
 # robosuite draws collision shapes as group 0, over the visual ones of group 1.
 _COLLISION_GEOMS = (0,)
 
@@ -33,7 +35,8 @@ class Task:
     """A task: robosuite's class, the object to be picked up, and where it is to be.
 
     `goal` is a place in world axes, m; with `goal_object` a displacement from that object. `carry_height` is that of
-    the object, in m of world z, on its way; None where lifting is all.
+    the object, in m of world z, on its way, and `drop` the height above the goal at which it may be let go; None where
+    lifting is all. `walls` are the sides of what the object lies in: least and largest x, then y, m.
     """
 
     simulator: str
@@ -41,6 +44,8 @@ class Task:
     goal: tuple[float, float, float]
     goal_object: str | None = None
     carry_height: float | None = None
+    drop: float = 0.008
+    walls: tuple[float, float, float, float] | None = None
 
 
 # The table's top and the origin of both bins are at z = 0.8 m; the bread at rest is 0.042 m above its bin's origin. The
@@ -48,7 +53,12 @@ class Task:
 TASKS: Mapping[str, Task] = {
     "lift": Task(simulator="Lift", picked="cube_main", goal=(0.0, 0.0, 0.9)),
     "pick-place-bread": Task(
-        simulator="PickPlaceBread", picked="Bread_main", goal=(0.1975, 0.1575, 0.842), carry_height=0.98
+        simulator="PickPlaceBread",
+        picked="Bread_main",
+        goal=(0.1975, 0.1575, 0.842),
+        carry_height=0.98,
+        drop=0.06,
+        walls=(-0.095, 0.295, -0.495, -0.005),
     ),
     "stack": Task(
         simulator="Stack", picked="cubeA_main", goal=(0.0, 0.0, 0.045), goal_object="cubeB_main", carry_height=0.92
@@ -172,6 +182,7 @@ class Scene:
             held=float(self._held()),
             object_pose=self._pose(self._picked),
             goal_pose=goal,
+            beside=self._beside(goal),
         )
         return proprio, state, {} if self._cameras is None else self._cameras.images(data)
 
@@ -208,6 +219,18 @@ class Scene:
     def _pose(self, body: int) -> np.ndarray:
         """[7] position in m and quaternion xyzw."""
         return np.concatenate([self._data.xpos[body], np.roll(self._data.xquat[body], -1)])
+
+    def _beside(self, goal: np.ndarray) -> np.ndarray:
+        """[2] see SceneState.beside: the object that is the goal, or the nearest wall."""
+        x, y = self._data.xpos[self._picked][:2]
+        offsets = [goal[:2] - (x, y)] if self._goal is not None else []
+        if self._task.walls is not None:
+            left, right, front, back = self._task.walls
+            offsets += [np.array(o) for o in ((left - x, 0.0), (right - x, 0.0), (0.0, front - y), (0.0, back - y))]
+        distances = [float(np.linalg.norm(offset)) for offset in offsets]
+        if not distances or not 0.0 < min(distances) < NEAR:
+            return np.zeros(2)
+        return np.asarray(offsets[int(np.argmin(distances))] / min(distances))
 
     def _held(self) -> bool:
         """Whether both fingers touch the object."""
