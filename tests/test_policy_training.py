@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import actok
+import test_policy_backbones
+from actok.backbones.policy_models import load_backbone
 from actok.cli.main import main
 from actok.core import ChunkContext, ConfigError, DataError, SpaceMismatchError
 from actok.data import open_dataset, split_dataset
@@ -289,7 +291,9 @@ def test_a_stage_trains_what_it_names_and_nothing_else(samples):
     assert moved(0, 5) == {"parts.flow.weight", "parts.flow.bias"}
     assert moved(5, 10) == {"backbone.0.weight"}
     assert all(p.requires_grad for p in policy.parameters())
-    with pytest.raises(ConfigError, match=r"'tokens', which stands for no parameter .* groups backbone, expert, flow"):
+    with pytest.raises(
+        ConfigError, match=r"'tokens', which stands for no parameter .* groups backbone, language, expert, flow"
+    ):
         trained_names(policy, PolicyTrainConfig(stages=[{"share": 1, "train": "tokens"}]).stages)
 
 
@@ -298,7 +302,7 @@ def test_groups_of_a_whole_policy(bins):
     policy = train_policy(
         frames(), bins, settings=settings, views=["image"], training=FEW | {"steps": 1}, progress=False
     )
-    groups = ("backbone", "vision", "embeddings", "expert", "tokens", "flow", "state")
+    groups = ("backbone", "language", "vision", "embeddings", "expert", "tokens", "flow", "state")
     found = {
         group: trained_names(policy, PolicyTrainConfig(stages=[{"share": 1, "train": group}]).stages)[0]
         for group in groups
@@ -307,6 +311,7 @@ def test_groups_of_a_whole_policy(bins):
     assert found["backbone"] | found["expert"] | found["state"] == every
     assert found["tokens"] | found["flow"] == found["expert"]
     assert not found["tokens"] & found["flow"]
+    assert found["vision"] | found["language"] == found["backbone"]
     assert found["vision"] == {n for n in every if n.startswith("backbone.stem.")}
     assert found["embeddings"] == {"backbone.table"}
 
@@ -456,6 +461,28 @@ def test_a_resumed_run_is_the_same_policy_and_another_run_is_refused(bins, tmp_p
     assert same(weights(resumed), weights(whole))
     seeded = train_policy(frames(), bins, **{**options, "training": {**FEW, "seed": 1}})
     assert not same(weights(seeded), weights(whole))
+
+
+@pytest.mark.parametrize("make", [test_policy_backbones.make_paligemma, test_policy_backbones.make_qwen2_5])
+def test_a_policy_on_a_published_backbone_trains_what_it_is_told(bins, tmp_path, make):
+    pytest.importorskip("transformers")
+    settings = {"backbone": str(make(tmp_path / "model")), "token_expert": 8}
+    training = {**FEW, "steps": 2, "eval_chunks": 3, "learning_rate": 0.01, "batch_size": 4}
+    stages = [{"share": 1.0, "train": ["expert", "language"]}]
+    options = {"preset": "fastervla-paligemma", "settings": settings, "views": ["image"], "progress": False}
+    policy = train_policy(frames(), bins, training={**training, "stages": stages}, **options)
+    loaded = {f"backbone.{name}": p for name, p in load_backbone(settings["backbone"]).named_parameters()}
+    moved = {name for name, p in policy.named_parameters() if name in loaded and not torch.equal(p, loaded[name])}
+    groups = ("vision", "language", "embeddings", "expert", "backbone")
+    found = {
+        group: trained_names(policy, PolicyTrainConfig(stages=[{"share": 1, "train": group}]).stages)[0]
+        for group in groups
+    }
+    assert not moved & found["vision"]
+    assert found["embeddings"] < found["language"]
+    assert len(moved) > len(found["language"]) / 2
+    assert found["vision"] | found["language"] == found["backbone"]
+    assert found["expert"] == {name for name, _ in policy.named_parameters() if name.startswith("parts.tokens.")}
 
 
 def test_settings_are_refused_before_data_are_read(bins):

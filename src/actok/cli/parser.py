@@ -29,8 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(module=module)
         return sub
 
-    v = verb("list", "list tokenizers, action spaces or mixtures", "inspect")
-    v.add_argument("what", nargs="?", choices=("tokenizers", "spaces", "mixtures"), default="tokenizers")
+    v = verb("list", "list tokenizers, action spaces, mixtures or policies", "inspect")
+    v.add_argument("what", nargs="?", choices=("tokenizers", "spaces", "mixtures", "policies"), default="tokenizers")
     v.add_argument("--json", action="store_true", help="machine-readable output")
 
     v = verb("collect", "record demonstrations of scripted experts in simulation", "simulate")

@@ -13,10 +13,13 @@ from torch import nn
 from actok.core import ConfigError, build_config
 from actok.training.config import TrainConfig
 
-# Names of groups, and the parameters they stand for. Of a vision tower, tables and heads the networks' own names differ.
+# What networks call their vision tower, and what leads from it into the decoder.
+_VISION = r".*(?<![a-z])(stem|vision|visual|connector|multi_modal_projector)"
+# Names of groups, and the parameters they stand for: "language" is the backbone without "vision".
 GROUPS = {
     "backbone": r"backbone\.",
-    "vision": r"backbone\..*(?<![a-z])(stem|vision|visual|connector|multi_modal_projector|mlp1)",
+    "language": rf"backbone\.(?!{_VISION})",
+    "vision": rf"backbone\.{_VISION}",
     "embeddings": r"backbone\.(.*\.)?(table$|embed_tokens\.|lm_head\.)",
     "expert": r"parts\.",
     "tokens": r"parts\.tokens\.",
@@ -69,8 +72,9 @@ class PolicyTrainConfig(TrainConfig):
 
     Attributes:
         stages: one after the other, their shares adding up to 1; none: everything learns all the time. FASTer (section
-            3.2 and appendix) pretrains the action expert inside the vision-language model and then tunes both with part
-            of it frozen: stages = [{share = 0.3, train = ["expert"]}, {share = 0.7, train = ["expert", "backbone"]}].
+            3.2 and ablations) pretrains the action expert inside the vision-language model and then tunes both with part
+            of it frozen; which part it does not say. With the vision tower as that part: stages = [{share = 0.3, train =
+            ["expert"]}, {share = 0.7, train = ["expert", "language"]}].
     """
 
     stages: tuple[Stage, ...] = ()
@@ -120,23 +124,20 @@ def policy_train_config(preset: Mapping[str, Any], given: Mapping[str, Any], own
 def trained_names(policy: nn.Module, stages: Sequence[Stage]) -> list[frozenset[str]]:
     """Names of the parameters that each stage trains; one set of all of them without stages.
 
+    What requires no gradient when the policy is made (layers of a backbone that nothing reads) is never trained.
+
     Raises ConfigError for a name or expression that stands for no parameter of this policy.
     """
-    names = [name for name, _ in policy.named_parameters()]
+    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
     if not stages:
         return [frozenset(names)]
-    return [frozenset(n for pattern in stage.train for n in _matching(policy, names, pattern)) for stage in stages]
+    return [frozenset(n for pattern in stage.train for n in _matching(names, pattern)) for stage in stages]
 
 
-def _matching(policy: nn.Module, names: Sequence[str], pattern: str) -> list[str]:
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
     if pattern == "all":
         return list(names)
-    backbone = getattr(policy, "backbone", None)
-    if pattern == "vision" and hasattr(backbone, "vision_parameters"):
-        wanted = {id(p) for p in backbone.vision_parameters()}
-        found = [n for n, p in policy.named_parameters() if id(p) in wanted]
-    else:
-        found = [n for n in names if re.match(GROUPS.get(pattern, pattern), n)]
+    found = [n for n in names if re.match(GROUPS.get(pattern, pattern), n)]
     if not found:
         there = [group for group, expression in GROUPS.items() if any(re.match(expression, n) for n in names)]
         raise ConfigError(

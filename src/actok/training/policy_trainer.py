@@ -57,6 +57,7 @@ class PolicyTrainer(Loop):
         self.stages = trained_names(policy, config.stages)
         ever = frozenset().union(*self.stages)
         self.known = dict(policy.named_parameters())
+        self.able = {name for name, parameter in self.known.items() if parameter.requires_grad}
         for name, parameter in self.known.items():
             parameter.requires_grad_(name in ever)
         self._prepare(
@@ -79,7 +80,9 @@ class PolicyTrainer(Loop):
         with torch.no_grad():
             for name, value in self.ema.items():
                 self.names[name].copy_(value)
-        self.policy.requires_grad_(True).eval()
+        for name, parameter in self.known.items():
+            parameter.requires_grad_(name in self.able)
+        self.policy.eval()
         return self._summary()
 
     # -- a step ---------------------------------------------------------------------------------------------------
