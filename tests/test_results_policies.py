@@ -188,7 +188,8 @@ def identity(studio: Studio, name: str, **changes) -> dict:
     job = TOKENIZERS[name]
     spec = studio.tokenizer_specification(METAWORLD, job)
     data = {"name": METAWORLD.data, "episodes": 7, "horizon": policies.HORIZON, "split": {"seed": 0}}
-    aligned = {**spec["alignment"], "features": ["abc"] if job.features else []} if spec["alignment"] else None
+    read = {"features": ["abc"], "teachers": [{"model": "a/teacher"}]} if job.features else {"features": []}
+    aligned = {**spec["alignment"], **read} if spec["alignment"] else None
     body = {
         "tokenizer": spec["preset"],
         "settings": {**spec["settings"], "more": 1},
@@ -217,7 +218,7 @@ def test_a_tokenizer_of_the_same_command_is_adopted(name, studio, monkeypatch):
         "training": {**wrong["identity"]["training"], "steps": 17},
         "tokenizer": "bins",
         "data": [{**wrong["identity"]["data"][0], "episodes": 6}],
-        "alignment": {**spec["alignment"], "features": [] if job.features else ["abc"]},
+        "alignment": {**spec["alignment"], "features": ["abc"], "teachers": [{"model": "another"}]},
     }
     for key, value in other.items():
         write(folder / "run" / "run.json", identity(studio, name, **{key: value}))

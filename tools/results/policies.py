@@ -23,7 +23,7 @@ from results.xtokenizer import NONE
 
 PRESET = "actok-vla-tiny"
 # Steps of gradient descent of every policy.
-POLICY_STEPS = 2000
+POLICY_STEPS = 1000
 # Of initial weights, batches, start states and draws. The split of the demonstrations is the same for all.
 SEEDS = (0, 1)
 # What only few seeds are spent on: tokenizers beside the main ones, blocks and expert.

@@ -181,12 +181,19 @@ def _agrees(ran: Mapping[str, Any], spec: Mapping[str, Any], job: TokenizerJob, 
         ran["tokenizer"] == spec["preset"]
         and _within(spec["settings"], ran["settings"])
         and _within(asked, ran["training"])
-        and bool((ran.get("alignment") or {}).get("features")) == job.features
+        and _teacher(ran.get("alignment")) == (Path(spec["features"]["name"]).name if job.features else None)
         and (not ran.get("alignment") or _within(spec["alignment"], ran["alignment"]))
         and len(ran["data"]) == 1
         and (data["name"], data["episodes"], data["horizon"]) == (spec["data"]["name"], episodes, HORIZON)
         and data["split"]["seed"] == SEED
     )
+
+
+def _teacher(alignment: Mapping[str, Any] | None) -> str | None:
+    """Name of the foundation model whose features a run read, None where it read none."""
+    if not alignment or not alignment["features"]:
+        return None
+    return Path(alignment["teachers"][0]["model"]).name
 
 
 def _within(asked: Mapping[str, Any], found: Mapping[str, Any]) -> bool:

@@ -87,6 +87,7 @@ def success_body(studio: Studio, suite: str, chosen: Mapping[str, PolicyJob]) ->
     return {
         "conditions": conditions(made),
         "suite": {"env": found.env, "tasks": list(found.tasks), "episodes": studio.scaled(found.episodes, 1)},
+        "steps": studio.scaled(policies.POLICY_STEPS, 2),
         "demonstrations": studio.demonstrations,
         "variants": variants,
         "pairs": pairs(full),

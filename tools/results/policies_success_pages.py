@@ -78,10 +78,10 @@ def seed_cells(row: Mapping[str, Any]) -> list[str]:
     return [percent(seeds[str(seed)]["rate"]) if str(seed) in seeds else "-" for seed in SEEDS]
 
 
-def recipe(demonstrations: int) -> str:
+def recipe(steps: int, demonstrations: int) -> str:
     """How every policy is trained and rolled out."""
     return (
-        f"Every policy is `{PRESET}`, {POLICY_STEPS} steps on {demonstrations} scripted demonstrations of each task; it"
+        f"Every policy is `{PRESET}`, {steps} steps on {demonstrations} scripted demonstrations of each task; it"
         f" reads the instruction and the state (robot, objects and goal) as text, no images, and gives chunks of {HORIZON} steps,"
         f" of which {EXECUTE} are executed. An episode ends at success or at {LIMIT:g} times the mean length of the"
         " demonstrations. Policies of a seed differ in their tokenizer alone and meet the same start states, none of which is a"
@@ -97,7 +97,7 @@ def success_page(suite: str, body: Mapping[str, Any]) -> str:
         "",
         made_by(body["conditions"]),
         "",
-        f"{len(about['tasks'])} tasks, {about['episodes']} episodes of each task and seed. {recipe(body['demonstrations'])}"
+        f"{len(about['tasks'])} tasks, {about['episodes']} episode{'s' if about['episodes'] > 1 else ''} of each task and seed. {recipe(body['steps'], body['demonstrations'])}"
         f" [Every figure, seed by seed and episode by episode]({suite}.json).",
         "",
     ]
