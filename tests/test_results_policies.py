@@ -445,3 +445,24 @@ def test_a_rollout_of_another_policy_is_not_shown(studio):
 def test_pages_without_figures_say_so():
     assert "Nothing is measured yet" in blocks_page({"conditions": None, "variants": {}, "pairs": [], "published": {}})
     assert "Nothing is measured yet" in latency_page({"measured": {}})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_from_demonstrations_to_pages_in_one_call_and_nothing_is_made_twice(tmp_path, monkeypatch):
+    pytest.importorskip("metaworld")
+    import make_results
+
+    studio = Studio(places=Places(work=tmp_path / "work", pages=tmp_path / "pages", scale=0.003))
+    monkeypatch.setattr(policies, "SUITES", {"metaworld": replace(METAWORLD, tasks=("drawer-close-v3",))})
+    chosen = {"metaworld-beast-0": POLICY_JOBS["metaworld-beast-0"]}
+    steps = [step for step in make_results.STEPS if step not in ("bench", "latency")]
+    assert make_results._policies(studio, steps, chosen, 1) == []
+    body = json.loads((studio.pages / "metaworld.json").read_text())
+    row = body["variants"]["beast"]
+    assert (row["n"], row["invalid"], row["passes"]) == (1, 0, 1.0)
+    assert row["seeds"]["0"]["training"]["steps"] == body["steps"] == studio.scaled(policies.POLICY_STEPS, 2)
+    assert body["demonstrations"] == 10
+    assert "A trial at 0.003" in (studio.pages / "README.md").read_text()
+    monkeypatch.setattr(policies_make, "run_tasks", lambda tasks, places, **_: [task.name for task in tasks])
+    assert make_results._policies(studio, steps, chosen, 1) == []
