@@ -1,5 +1,6 @@
 # make test    the whole test suite, linters, types and import contract
-# make demo    collect, fit, compare, replay, report; DATA=<folder or Hub id> for your own data
+# make demo    collect, fit, compare, replay, report, and a policy that acts in simulation
+#              DATA=<folder or Hub id>: fit, compare and report on your own data, without torch and simulator
 # Both make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +26,7 @@ ifdef DATA
 demo: $(VENV)/.demo
 	$(BIN)/actok demo --data "$(DATA)" --out "$(OUT)"
 else
-demo: $(VENV)/.metaworld
+demo: $(VENV)/.simulation
 	$(BIN)/actok demo --out "$(OUT)"
 endif
 
@@ -44,8 +45,8 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install -q -e '.[demo]'
 	touch $@
 
-$(VENV)/.metaworld: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install -q -e '.[demo,metaworld]'
+$(VENV)/.simulation: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q -e '.[demo,metaworld,torch]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python

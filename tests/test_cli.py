@@ -7,6 +7,7 @@ import pytest
 
 import actok
 from actok.cli import main
+from actok.core import MissingExtraError
 
 SPACE = """
 embodiment = "test_arm"
@@ -166,10 +167,43 @@ def test_inspect_shows_a_tokenizer_and_a_dataset(place, capsys):
     assert json.loads(capsys.readouterr().out)["episodes"] == 30
 
 
-def test_list_covers_spaces_and_mixtures(capsys):
-    for what, name in (("tokenizers", "fast"), ("spaces", "bridge_widowx"), ("mixtures", "faster_s")):
-        assert main(["list", what]) == 0
-        assert name in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("tokenizers", "fast"),
+        ("spaces", "bridge_widowx"),
+        ("mixtures", "faster_s"),
+        ("policies", "actok-vla-tiny"),
+        ("envs", "metaworld-state"),
+    ],
+)
+def test_list_names_everything_of_a_kind(what, name, capsys):
+    assert main(["list", what]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main(["list", what, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [line.split()[0] for line in lines] == [row["name"] for row in rows]
+    assert name in [row["name"] for row in rows]
+    assert all(row["summary"] for row in rows)
+
+
+def test_environments_say_what_they_are_or_what_is_missing(monkeypatch, capsys):
+    import actok.envs
+
+    there = actok.envs.make_env
+
+    def make(name):
+        if name == "aloha":
+            raise MissingExtraError("gym_aloha", "aloha", "the environment 'aloha'")
+        return there(name)
+
+    monkeypatch.setattr(actok.envs, "make_env", make)
+    assert main(["list", "envs", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert "pip install 'actok[aloha]'" in rows["aloha"]["summary"]
+    assert rows["aloha"]["tasks"] is None
+    assert len(rows["metaworld"]["tasks"]) == 50
+    assert "actions of 4 at 80 Hz; a state of 21" in rows["metaworld-state"]["summary"]
 
 
 def test_bench_writes_results_table_and_report(place, capsys):

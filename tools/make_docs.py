@@ -9,6 +9,7 @@ README's demo section       from the folder that `make demo` wrote, with `--demo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from actok.benchmark.rollouts import rollout_text
 from actok.cli.parser import build_parser
 from actok.core.registry import tokenizer_presets
 
@@ -79,7 +81,10 @@ def main() -> int:
         readme = ROOT / "README.md"
         table = f"```text\n{(args.demo / 'table.txt').read_text()}```"
         before, after = readme.read_text().split("<!-- demo -->")[0], readme.read_text().split("<!-- /demo -->")[1]
-        readme.write_text(f"{before}<!-- demo -->\n{table}\n<!-- /demo -->{after}")
+        text = f"{before}<!-- demo -->\n{table}\n<!-- /demo -->{after}"
+        result = json.loads((args.demo / "rollout" / "rollout.json").read_text())
+        shown = f"<!-- demo policy -->\n```text\n{rollout_text(result)}\n```\n<!-- /demo policy -->"
+        readme.write_text(re.sub(r"<!-- demo policy -->.*<!-- /demo policy -->", lambda _: shown, text, flags=re.S))
     stale = []
     for name, make in PAGES.items():
         path, text = ROOT / name, make()

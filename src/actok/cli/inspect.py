@@ -24,6 +24,8 @@ def _list(args: argparse.Namespace) -> int:
             {"name": p.name, "summary": p.summary, "paper": p.paper, "settings": dict(p.settings)}
             for p in tokenizer_presets().values()
         ]
+    elif args.what == "envs":
+        rows = _environments()
     else:
         rows = []
         for path in sorted((CONFIGS / args.what).glob("*.toml")):
@@ -36,6 +38,26 @@ def _list(args: argparse.Namespace) -> int:
         for row in rows:
             print(f"{row['name']:{width}}  {row['summary']}")
     return 0
+
+
+def _environments() -> list[dict[str, Any]]:
+    """What each environment is, or how to install it."""
+    from actok.core import ActokError
+    from actok.envs import list_envs, make_env
+
+    rows: list[dict[str, Any]] = []
+    for name in sorted(list_envs()):
+        try:
+            env = make_env(name)
+            tasks = list(env.tasks)
+        except ActokError as error:
+            rows.append({"name": name, "summary": str(error), "tasks": None})
+            continue
+        some = tasks if len(tasks) <= 3 else [*tasks[:2], "..."]
+        state = "" if env.proprio_size is None else f"; a state of {env.proprio_size}"
+        summary = f"{len(tasks)} tasks ({', '.join(some)}); actions of {env.space.dim} at {env.rate_hz:g} Hz{state}"
+        rows.append({"name": name, "summary": summary, "tasks": tasks})
+    return rows
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -29,8 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(module=module)
         return sub
 
-    v = verb("list", "list tokenizers, action spaces, mixtures or policies", "inspect")
-    v.add_argument("what", nargs="?", choices=("tokenizers", "spaces", "mixtures", "policies"), default="tokenizers")
+    v = verb("list", "list tokenizers, action spaces, mixtures, policies or environments", "inspect")
+    kinds = ("tokenizers", "spaces", "mixtures", "policies", "envs")
+    v.add_argument("what", nargs="?", choices=kinds, default="tokenizers")
     v.add_argument("--json", action="store_true", help="machine-readable output")
 
     v = verb("collect", "record demonstrations of scripted experts in simulation", "simulate")
@@ -184,8 +185,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _seed(v, "of start states and draws")
 
-    v = verb("demo", "collect, fit, compare, replay and report, in one go", "demo")
-    v.add_argument("--data", metavar="PATH", help="own dataset or Hub id instead of collecting (no replay)")
+    v = verb("demo", "collect, fit, compare, replay, report, and a policy that acts, in one go", "demo")
+    v.add_argument("--data", metavar="PATH", help="own dataset or Hub id instead of collecting (no replay, no policy)")
     v.add_argument("--space", metavar="NAME_OR_TOML", help="action space of the data, where they do not tell")
     v.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
     v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
