@@ -159,8 +159,8 @@ class DecoderBackbone(nn.Module, ABC):
         return self.run(prefix.embeds, prefix.positions, prefix.mask())
 
     @abstractmethod
-    def logits(self, hidden: Float[Tensor, "B n W"]) -> Float[Tensor, "B n V"]:
-        """Over `vocab_size` ids."""
+    def logits(self, hidden: Float[Tensor, "B n W"], rows: slice | None = None) -> Float[Tensor, "B n V"]:
+        """Over `vocab_size` ids, or over those of `rows` only: what training on codes of one table needs."""
 
     @abstractmethod
     def spec(self) -> Mapping[str, object]:

@@ -310,9 +310,11 @@ class TransformersBackbone(DecoderBackbone):
             )
         return output.last_hidden_state, KVCache(keys=tuple(store.all_keys), values=tuple(store.all_values))
 
-    def logits(self, hidden: Float[Tensor, "B n W"]) -> Float[Tensor, "B n V"]:
+    def logits(self, hidden: Float[Tensor, "B n W"], rows: slice | None = None) -> Float[Tensor, "B n V"]:
         """As the base class; capped where the model caps them (Gemma 2)."""
-        found: Tensor = self._head(hidden.to(self.dtype))
+        head, chosen = self._head, slice(None) if rows is None else rows
+        bias = None if head.bias is None else head.bias[chosen]
+        found = nn.functional.linear(hidden.to(self.dtype), head.weight[chosen], bias)
         cap = self._final_cap
         return found if cap is None else torch.tanh(found / cap) * cap
 

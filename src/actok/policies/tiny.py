@@ -283,9 +283,9 @@ class TinyVLM(DecoderBackbone):
             values.append(v)
         return self.norm(x), KVCache(keys=tuple(keys), values=tuple(values))
 
-    def logits(self, hidden: Float[Tensor, "B n W"]) -> Float[Tensor, "B n V"]:
-        """Products of what the square layer makes of the hidden states with every row of the table."""
-        return F.linear(self.output(hidden), self.table)
+    def logits(self, hidden: Float[Tensor, "B n W"], rows: slice | None = None) -> Float[Tensor, "B n V"]:
+        """Products of what the square layer makes of the hidden states with every row of the table, or with some."""
+        return F.linear(self.output(hidden), self.table if rows is None else self.table[rows])
 
     # -- keeping it -----------------------------------------------------------------------------------------------
 

@@ -92,20 +92,36 @@ class TokenHead(Head):
         return plan(self.layout, self.block, length=whole)
 
     def losses(self, seen: Seen, batch: PolicyBatch) -> dict[str, Tensor]:
-        """{"tokens": mean cross-entropy (nats a code) of all codes, each given the blocks before its own}, eq. (3)."""
+        """{"tokens": mean cross-entropy (nats a code) of all codes, each given the blocks before its own}, eq. (3).
+
+        Deviation: the softmax of a position runs over the codes of its own table, not over the whole vocabulary. Nothing
+        else can be drawn there (`sample_block`), and the table is a small part of the vocabulary.
+        """
         known = batch.codes >= 0
         chosen = self._plan_of(int(known.sum(1).max()))
         codes = F.pad(batch.codes, (0, max(0, chosen.tokens - batch.codes.shape[1])), value=-1)[:, : chosen.tokens]
         known = codes >= 0
         ids = torch.where(known, self.vocab.to_lm(codes.clamp(min=0), self.layout), self.vocab.end)
-        logits = self.logits(seen, chosen, ids)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.masked_fill(~known, -100).flatten())
+        hidden, coder = self._hidden(seen, chosen, ids), self._coder(seen)
+        total, right = hidden.new_zeros((), dtype=torch.float32), torch.zeros_like(known)
+        table = self.layout.table[: chosen.tokens]
+        for t in np.unique(table):
+            where = torch.from_numpy(np.flatnonzero(table == t)).to(ids.device)
+            rows = self.vocab.rows_of(int(t))
+            logits = coder.logits(hidden[:, where], rows)
+            wanted = (ids[:, where] - rows.start).masked_fill(~known[:, where], -100)
+            total = total + F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")
+            if not self.training:
+                right[:, where] = logits.argmax(-1) == wanted
         if not self.training:
-            self.accuracy = self._accuracy(logits, ids, known)
-        return {"tokens": loss}
+            self.accuracy = self._accuracy(right, known)
+        return {"tokens": total / known.sum()}
 
     def logits(self, seen: Seen, chosen: DecodingPlan, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
-        """Of all N codes at once, under teacher forcing; `ids` are the vocabulary's."""
+        """Of all N codes at once, under teacher forcing, over the whole vocabulary; `ids` are the vocabulary's."""
+        return self._coder(seen).logits(self._hidden(seen, chosen, ids))  # type: ignore[no-any-return]
+
+    def _hidden(self, seen: Seen, chosen: DecodingPlan, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N w"]:
         fed = training_inputs(chosen, ids, self.vocab.boblk)
         batch, slots = fed.shape
         if self.training:
@@ -117,14 +133,13 @@ class TokenHead(Head):
         mask = torch.cat([seen.real[:, None].expand(-1, slots, -1), sees.expand(batch, -1, -1)], 2)
         coder = self._coder(seen)
         hidden, _ = coder.run(coder.embed(fed), places, mask, seen.cache)
-        return coder.logits(hidden[:, torch.from_numpy(chosen.reads).to(hidden.device)])
+        return hidden[:, torch.from_numpy(chosen.reads).to(hidden.device)]  # type: ignore[no-any-return]
 
     def _coder(self, seen: Seen) -> Any:
         return seen.backbone if self.coder is None else self.coder
 
-    def _accuracy(self, logits: Tensor, ids: Tensor, known: Tensor) -> dict[str, Tensor]:
-        right = (logits.argmax(-1) == ids) & known
-        level = torch.from_numpy(self.layout.coords[: ids.shape[1], 0]).to(ids.device)
+    def _accuracy(self, right: Tensor, known: Tensor) -> dict[str, Tensor]:
+        level = torch.from_numpy(self.layout.coords[: right.shape[1], 0]).to(right.device)
         return {
             "accuracy" if value < 0 else f"accuracy_{value}": right[:, level == value].sum()
             / known[:, level == value].sum()
@@ -208,9 +223,9 @@ class CodeExpert(nn.Module):
         """See `Expert.run`."""
         return self.expert.run(embeds, positions, mask, cache)
 
-    def logits(self, hidden: Float[Tensor, "B n w"]) -> Float[Tensor, "B n V"]:
-        """Over the expert's own ids."""
-        return self.out(hidden)
+    def logits(self, hidden: Float[Tensor, "B n w"], rows: slice | None = None) -> Float[Tensor, "B n V"]:
+        """Over the expert's own ids, or some of them."""
+        return F.linear(hidden, self.out.weight if rows is None else self.out.weight[rows])
 
 
 def _kept(cache: KVCache, chosen: DecodingPlan, first: int, last: int) -> KVCache:

@@ -210,6 +210,11 @@ class VocabularyMap:
             raise ConfigError(f"table {table} is not among the map's {len(self.tables)}; make it for this layout")
         return self._id(self._offsets[table] + np.arange(self.tables[table]))
 
+    def rows_of(self, table: int) -> slice:
+        """The same ids as a range, from the lowest to the highest."""
+        ids = self.ids_of(table)
+        return slice(int(ids.min()), int(ids.max()) + 1)
+
     # -- there and back -------------------------------------------------------------------------------------------
 
     def to_lm(self, codes: Any, layout: TokenLayout, positions: Any = None) -> Any:
