@@ -23,7 +23,7 @@ from results.xtokenizer import NONE
 
 PRESET = "actok-vla-tiny"
 # Steps of gradient descent of every policy.
-POLICY_STEPS = 1000
+POLICY_STEPS = 800
 # Of initial weights, batches, start states and draws. The split of the demonstrations is the same for all.
 SEEDS = (0, 1)
 # What only few seeds are spent on: tokenizers beside the main ones, blocks and expert.
@@ -31,7 +31,7 @@ FEW_SEEDS = (0,)
 DEMONSTRATIONS = 100
 HORIZON = 20
 # Steps of each chunk that are executed; an episode ends at so many lengths of a demonstration.
-EXECUTE, LIMIT = 10, 1.5
+EXECUTE, LIMIT = HORIZON, 1.5
 # Live episodes of a rollout.
 BATCH = 16
 # Widths of the experts beside the small backbone.
