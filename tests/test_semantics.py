@@ -11,7 +11,7 @@ from actok.evaluation.information import entropy, label_information
 from actok.evaluation.levels import LevelCodes, level_use, split_levels
 from actok.evaluation.probes import linear_probe
 from actok.evaluation.retrieval import retrieval
-from actok.evaluation.semantics import LabelledChunks, LabelledData, measure_semantics, raw_probes
+from actok.evaluation.semantics import LabelledChunks, LabelledData, measure_semantics, raw_probes, raw_retrieval
 from actok.evaluation.substitution import cosine_of_motion, likely_codes, substitution
 from actok.signal.normalise import Normaliser
 from actok.signal.statistics import Statistics
@@ -295,10 +295,12 @@ def test_codes_likely_under_the_words_move_as_was_done_under_them(state):
         train_ids=ids[:150],
         train_text=text[:150],
         train_instruction=text[:150],
+        train_phase=text[:150] % 2 + 1,
         train_state=where if where is None else where[:150],
         test_ids=ids[150:],
         test_text=text[150:],
         test_instruction=text[150:],
+        test_phase=text[150:] % 2 + 1,
         test_state=where if where is None else where[150:],
         actions=actions[150:],
         context=ChunkContext(horizon=5),
@@ -311,6 +313,31 @@ def test_codes_likely_under_the_words_move_as_was_done_under_them(state):
     assert found.other == pytest.approx(-1 / 6, abs=0.12)  # the mean of the six other directions
     assert found.closer == 1
     assert found.difference == pytest.approx(found.own - found.other)
+    # Of the same phase are the directions two, four or six sevenths of a turn away.
+    own = np.arange(7)
+    alike = [[b for b in own if b != a and b % 2 == a % 2] for a in own]
+    expected = np.array(
+        [np.mean([1 - np.cos(2 * np.pi * (a - b) / 7) for b in others]) for a, others in enumerate(alike)]
+    )
+    assert found.same_phase == pytest.approx(expected[text[150:]].mean(), abs=0.15)
+
+
+def test_without_phases_no_other_instruction_is_of_the_same_one():
+    text = np.arange(14) % 7
+    ids = np.stack([text] * 4, 1)
+    normaliser = Normaliser.make("min_max", Statistics.from_array(np.array([[-1, -1, -1], [1, 1, 1]], np.float32)))
+    side = {"ids": ids, "text": text, "instruction": text, "phase": 0 * text, "state": None}
+    found = substitution(
+        Directions(),
+        LAYOUT,
+        **{f"{part}_{name}": value for part in ("train", "test") for name, value in side.items()},
+        actions=Directions().decode(ids, None).actions,
+        context=ChunkContext(horizon=5),
+        space=SPACE,
+        normaliser=normaliser,
+    )
+    assert found.same_phase is None
+    assert found.own == pytest.approx(1)
 
 
 # -- everything --------------------------------------------------------------------------------------------------------
@@ -359,6 +386,7 @@ def test_every_figure_of_a_tokenizer_of_fixed_length(data):
     assert found.retrieval.chunk_to_text.recall1 == 1
     (one,) = found.substitution  # no states are known
     assert one.own > 0.95 > 0.3 > one.other
+    assert one.same_phase > 0.5
     assert found.noise.error_rate[0] <= found.noise.error_rate[-1]
     assert found.noise.by_level[0] == pytest.approx(found.noise.error_rate, abs=0.01)
     assert found.map.points.shape == (99, 2)
@@ -367,6 +395,20 @@ def test_every_figure_of_a_tokenizer_of_fixed_length(data):
         assert example.motion.shape == (5, 3)
     assert found.missing == {}
     assert raw_probes(data)["task"].accuracy == 1
+    assert raw_retrieval(data).chunk_to_text.recall1 == 1
+    assert raw_retrieval(data).text_to_chunk.recall1 == 1
+
+
+def test_retrieval_from_chunks_that_say_nothing_of_their_words_is_chance_and_needs_features(data):
+    rng = np.random.default_rng(4)
+    silent = {
+        part: LabelledChunks(**{**vars(chunks), "actions": rng.normal(size=chunks.actions.shape).astype(np.float32)})
+        for part, chunks in (("train", data.train), ("test", data.test))
+    }
+    found = raw_retrieval(LabelledData(**{**vars(data), **silent})).chunk_to_text
+    assert found.recall1 == pytest.approx(found.chance1, abs=0.15)
+    blind = LabelledData(**{**vars(data), "train": LabelledChunks(**{**vars(data.train), "features": None})})
+    assert "give --features DIR" in raw_retrieval(blind)
 
 
 def test_what_a_variable_length_has_no_figure_for_is_named(data):

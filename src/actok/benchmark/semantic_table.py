@@ -29,7 +29,7 @@ def semantic_tables(results: Mapping[str, Any], dataset: str, units: Sequence[Ma
     facts, good = semantic_facts(results, dataset), measured(units)
     if facts is None or not good:
         return []
-    return [level_columns(facts, good), word_columns(good)]
+    return [level_columns(facts, good), word_columns(facts, good)]
 
 
 def level_columns(facts: Mapping[str, Any], units: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -70,20 +70,25 @@ def level_columns(facts: Mapping[str, Any], units: Sequence[Mapping[str, Any]]) 
     return columns
 
 
-def word_columns(units: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """Noise, retrieval and substitution of each tokenizer."""
+def word_columns(facts: Mapping[str, Any], units: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Noise, retrieval and substitution of each tokenizer; after them retrieval from the chunks themselves."""
     figures = [u["semantics"]["figures"] for u in units]
+    # Figures of before there was this reference have none.
+    raw = {"retrieval": facts.get("raw_retrieval"), "noise": None, "substitution": ()}
+    rows, names = [*figures], [str(u["tokenizer"]) for u in units]
+    if raw["retrieval"] is not None:
+        rows, names = [*rows, raw], [*names, "actions"]
 
     def column(title: str, meaning: str, cell: Callable[[Mapping[str, Any]], str]) -> Column:
-        return Column(title=title, meaning=meaning, cells=tuple(cell(f) for f in figures))
+        return Column(title=title, meaning=meaning, cells=tuple(cell(f) for f in rows))
 
     sigma = figures[0]["noise"]["sigma"]
     return [
-        Column(title="tokenizer", meaning="", cells=tuple(str(u["tokenizer"]) for u in units)),
+        Column(title="tokenizer", meaning="", cells=tuple(names)),
         column(
             "WER",
             f"token error rate, per cent, under input noise of {' / '.join(f'{s:g}' for s in sigma)}",
-            lambda f: " / ".join(number(100 * rate) for rate in f["noise"]["error_rate"]),
+            lambda f: " / ".join(number(100 * rate) for rate in f["noise"]["error_rate"]) if f["noise"] else "-",
         ),
         column("to text", "R@1 / R@5 of the instruction of a chunk (chance)", lambda f: _recall(f, "chunk_to_text")),
         column("to chunk", "R@1 / R@5 of a chunk of an instruction (chance)", lambda f: _recall(f, "text_to_chunk")),
@@ -93,6 +98,11 @@ def word_columns(units: Sequence[Mapping[str, Any]]) -> list[Column]:
             lambda f: _cosine(f, state=False),
         ),
         column("and state", "the same, given the state too", lambda f: _cosine(f, state=True)),
+        column(
+            "same phase",
+            "what the own words add to those of another instruction in the same phase, cosine",
+            _same_phase,
+        ),
         column(
             "own codes",
             "cosine of the chunk's own reconstruction",
@@ -138,6 +148,11 @@ def _recall(figures: Mapping[str, Any], direction: str) -> str:
         return "-"
     r = figures["retrieval"][direction]
     return " / ".join(f"{number(100 * r[f'recall{k}'])} ({number(100 * r[f'chance{k}'], 2)})" for k in (1, 5))
+
+
+def _same_phase(figures: Mapping[str, Any]) -> str:
+    found = next((s.get("same_phase") for s in figures["substitution"] if not s["state"]), None)
+    return "-" if found is None else number(found)
 
 
 def _cosine(figures: Mapping[str, Any], *, state: bool) -> str:

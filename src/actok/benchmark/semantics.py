@@ -14,7 +14,8 @@ from actok.benchmark.prepare import Prepared, thin
 from actok.core import ActionTokenizer
 from actok.data import Chunks
 from actok.data.instructions import FrameLabels, chunk_labels
-from actok.evaluation.semantics import LabelledChunks, LabelledData, measure_semantics, raw_probes
+from actok.evaluation.labelled import LabelledChunks, LabelledData
+from actok.evaluation.semantics import measure_semantics, raw_probes, raw_retrieval
 
 # Chunks that probes and maps from words are fitted on, and that they are judged on.
 TRAIN_CHUNKS, TEST_CHUNKS = 3000, 2000
@@ -71,12 +72,14 @@ class LabelledSource:
     def facts(self, *, seed: int) -> dict[str, Any]:
         """What every tokenizer of this dataset is compared with."""
         data = self.data
+        found = raw_retrieval(data, seed=seed)
         return {
             "names": data.names,
             "train_chunks": len(data.train),
             "test_chunks": len(data.test),
             "teacher": None if self.store is None else self.store.teacher,
             "raw": raw_probes(data, seed=seed),
+            "raw_retrieval": None if isinstance(found, str) else found,
         }
 
 

@@ -59,7 +59,7 @@ def retrieval(
     """Rank instructions for a chunk, and chunks for an instruction, by cosine in the teacher's space.
 
     The heads of an alignment are dropped with the training, and most tokenizers never had any, so every tokenizer gets
-    the same map: ridge regression from the bag of codes (`train`, `test`: [n, d] and [m, d], sparse) to the feature of
+    the same map: ridge regression from the bag of codes (`train`, `test`: [n, d] and [m, d], sparse or dense) to the feature of
     the chunk's instruction, fitted on training chunks. An instruction's feature is the mean of the teacher's features
     over its training chunks; the mean over instructions is taken off, since all sentences share most of their direction.
     Equal cosines (chunks of equal codes) stand in random order.
@@ -90,10 +90,14 @@ def _ridge(x: Any, y: Float[np.ndarray, "n F"], x_new: Any) -> Float[np.ndarray,
     seen = np.flatnonzero(np.asarray(abs(x).sum(0)).reshape(-1))
     x, x_new = x[:, seen], x_new[:, seen]
     if x.shape[1] <= x.shape[0]:
-        gram = np.asarray((x.T @ x).todense()) + RIDGE * np.eye(x.shape[1])
+        gram = _dense(x.T @ x) + RIDGE * np.eye(x.shape[1])
         return np.asarray(x_new @ np.linalg.solve(gram, x.T @ y))
-    gram = np.asarray((x @ x.T).todense()) + RIDGE * np.eye(x.shape[0])
+    gram = _dense(x @ x.T) + RIDGE * np.eye(x.shape[0])
     return np.asarray(x_new @ (x.T @ np.linalg.solve(gram, y)))
+
+
+def _dense(matrix: Any) -> Float[np.ndarray, "d d"]:
+    return np.asarray(matrix.todense() if hasattr(matrix, "todense") else matrix)
 
 
 def _unit(rows: Float[np.ndarray, "n F"]) -> Float[np.ndarray, "n F"]:

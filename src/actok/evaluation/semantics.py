@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from actok.core import ActionSpace, ActionTokenizer, ActokError, ChunkContext, DataError, to_numpy
+from actok.core import ActionTokenizer, ActokError, DataError, to_numpy
 from actok.evaluation.information import Information, label_information
+from actok.evaluation.labelled import LabelledChunks, LabelledData
 from actok.evaluation.levels import LevelCodes, LevelUse, level_use, split_levels
 from actok.evaluation.probes import Probe, linear_probe
 from actok.evaluation.retrieval import Retrieval, retrieval
 from actok.evaluation.robustness import NOISE, edit_distance
 from actok.evaluation.substitution import Substitution, substitution
-from actok.signal.normalise import Normaliser
 
 # What probes and information are asked about.
 LABELS = ("task", "phase", "verb")
@@ -42,76 +42,8 @@ __all__ = [
     "Semantics",
     "measure_semantics",
     "raw_probes",
+    "raw_retrieval",
 ]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledChunks:
-    """Chunks of one dataset in raw units, with what was going on in each.
-
-    Attributes:
-        actions: float32 [B, T, D].
-        pad_mask: bool [B, T], True where padded.
-        episode: int64 [B] index in the dataset.
-        labels: label name -> int64 [B] number, -1 where unknown.
-        anchor: [B, P] proprioception at the starts, or None.
-        features: float32 [B, F], the teacher's features averaged over the chunk's frames, or None.
-    """
-
-    actions: Float[np.ndarray, "B T D"]
-    pad_mask: Bool[np.ndarray, "B T"]
-    episode: Int[np.ndarray, "B"]
-    labels: Mapping[str, Int[np.ndarray, "B"]]
-    anchor: np.ndarray | None = None
-    features: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.actions)
-
-    def take(self, rows: Int[np.ndarray, "_"]) -> LabelledChunks:
-        """These chunks, in this order."""
-        return LabelledChunks(
-            actions=self.actions[rows],
-            pad_mask=self.pad_mask[rows],
-            episode=self.episode[rows],
-            labels={k: v[rows] for k, v in self.labels.items()},
-            anchor=None if self.anchor is None else self.anchor[rows],
-            features=None if self.features is None else self.features[rows],
-        )
-
-    def context(self, embodiment: str | None) -> ChunkContext:
-        """What a tokenizer may know of them."""
-        return ChunkContext(
-            horizon=self.actions.shape[1], embodiment=embodiment, anchor=self.anchor, pad_mask=self.pad_mask
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledData:
-    """Training and test chunks of disjoint episodes, and how to read them.
-
-    Attributes:
-        train, test: chunks with the same labels.
-        names: label name -> what its numbers are called.
-        space: action space.
-        normaliser: the ruler, made from the training split.
-    """
-
-    train: LabelledChunks
-    test: LabelledChunks
-    names: Mapping[str, tuple[str, ...]]
-    space: ActionSpace
-    normaliser: Normaliser
-
-    def __post_init__(self) -> None:
-        if shared := set(self.train.episode.tolist()) & set(self.test.episode.tolist()):
-            raise DataError(
-                f"episode {min(shared)} is in the training and in the test chunks; split by episode, as"
-                " actok.data.split_dataset does"
-            )
-        for name in self.names:
-            if name not in self.train.labels or name not in self.test.labels:
-                raise DataError(f"label {name!r} has names but no numbers; give it for training and test chunks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +165,7 @@ def measure_semantics(
         levels=tuple(_level(train[i], test[i], data, seed) for i in shown),
         levels_of=named,
         noise=_noise(tokenizer, data, embodiment, seed),
-        retrieval=attempt("retrieval", lambda: _retrieve(train[0], test[0], data, seed)),
+        retrieval=attempt("retrieval", lambda: _retrieve(train[0].bags, test[0].bags, data, seed)),
         substitution=variants,
         map=attempt("map", lambda: _map(test[0], data, seed)),
         examples=_examples(test[0], data, decoded),
@@ -248,18 +180,38 @@ def raw_probes(data: LabelledData, *, seed: int = 0) -> dict[str, Probe]:
     be probed are left out.
     """
 
-    def values(chunks: LabelledChunks) -> Float[np.ndarray, "B _"]:
-        moving = ~data.normaliser.constant
-        flat = data.normaliser(chunks.actions)[:, :, moving].reshape(len(chunks), -1)
-        return flat.astype(np.float64) / np.sqrt(max(1, flat.shape[1]))
-
-    train, test = values(data.train), values(data.test)
+    train, test = _raw_values(data)
     found = {}
     for name in LABELS:
         probe = _probe(train, test, data, name, seed)
         if isinstance(probe, Probe):
             found[name] = probe
     return found
+
+
+def raw_retrieval(data: LabelledData, *, seed: int = 0) -> Retrieval | str:
+    """The same retrieval from the chunks themselves, or why there is none.
+
+    The linear map reads the normalised values of every step, with a constant beside them (bags of codes have one in
+    their sum), scaled to a mean square norm of 1, which is that of a bag of distinct codes: so the ridge weighs as much.
+    """
+    train, test = (np.pad(values, ((0, 0), (0, 1)), constant_values=1.0) for values in _raw_values(data))
+    scale = np.sqrt(np.mean((train**2).sum(1)))
+    try:
+        return _retrieve(train / scale, test / scale, data, seed)
+    except DataError as error:
+        return str(error)
+
+
+def _raw_values(data: LabelledData) -> tuple[Float[np.ndarray, "n F"], Float[np.ndarray, "m F"]]:
+    """Training and test chunks as rows of normalised values, over the root of their number."""
+
+    def values(chunks: LabelledChunks) -> Float[np.ndarray, "B _"]:
+        moving = ~data.normaliser.constant
+        flat = data.normaliser(chunks.actions)[:, :, moving].reshape(len(chunks), -1)
+        return flat.astype(np.float64) / np.sqrt(max(1, flat.shape[1]))
+
+    return values(data.train), values(data.test)
 
 
 def _probe(train: Any, test: Any, data: LabelledData, name: str, seed: int) -> Probe | str:
@@ -327,17 +279,18 @@ def _noise(tokenizer: ActionTokenizer, data: LabelledData, embodiment: str | Non
     )
 
 
-def _retrieve(train: LevelCodes, test: LevelCodes, data: LabelledData, seed: int) -> Retrieval:
+def _retrieve(train: Any, test: Any, data: LabelledData, seed: int) -> Retrieval:
+    """`train`, `test`: a row a chunk."""
     if data.train.features is None:
         raise DataError("retrieval needs a teacher's features; give --features DIR")
     if "instruction" not in data.names:
         raise DataError("the data name no instruction")
     a, b = (np.flatnonzero(part.labels["instruction"] >= 0) for part in (data.train, data.test))
     return retrieval(
-        train.bags[a],
+        train[a],
         data.train.labels["instruction"][a],
         data.train.features[a],
-        test.bags[b],
+        test[b],
         data.test.labels["instruction"][b],
         seed=seed,
     )
@@ -358,19 +311,20 @@ def _substitute(
     train, test = data.train.take(a), data.test.take(b)
     # What a text encoder reads: the instruction, and the sub-task where there is one.
     phases = len(data.names.get("phase", ())) + 1
-    texts = [
-        p.labels["instruction"] * phases + (p.labels["phase"] + 1 if "phase" in p.labels else 0) for p in (train, test)
-    ]
+    steps = [p.labels["phase"] + 1 if "phase" in p.labels else np.zeros(len(p), np.int64) for p in (train, test)]
+    texts = [p.labels["instruction"] * phases + step for p, step in zip((train, test), steps, strict=True)]
     return substitution(
         tokenizer,
         tokenizer.layout_for(test.actions.shape[1], embodiment),
         train_ids=ids[0][a],
         train_text=texts[0],
         train_instruction=train.labels["instruction"],
+        train_phase=steps[0],
         train_state=train.anchor if state else None,
         test_ids=ids[1][b],
         test_text=texts[1],
         test_instruction=test.labels["instruction"],
+        test_phase=steps[1],
         test_state=test.anchor if state else None,
         actions=test.actions,
         context=test.context(embodiment),

@@ -27,6 +27,8 @@ class Substitution:
         other: codes chosen from the words of another instruction.
         difference: own - other.
         closer: share of chunks whose own words came closer than the other's.
+        same_phase: own - codes chosen from the words of another instruction in the same phase: what the instruction adds
+            to the phase. Over the chunks for which there is such a text, None where there is none.
         reconstruction: the chunk's own codes: what the tokenizer can reach.
     """
 
@@ -37,6 +39,7 @@ class Substitution:
     difference: float
     closer: float
     reconstruction: float
+    same_phase: float | None
 
 
 def substitution(
@@ -46,10 +49,12 @@ def substitution(
     train_ids: Int[np.ndarray, "n N"],
     train_text: Int[np.ndarray, "n"],
     train_instruction: Int[np.ndarray, "n"],
+    train_phase: Int[np.ndarray, "n"],
     train_state: Float[np.ndarray, "n P"] | None,
     test_ids: Int[np.ndarray, "m N"],
     test_text: Int[np.ndarray, "m"],
     test_instruction: Int[np.ndarray, "m"],
+    test_phase: Int[np.ndarray, "m"],
     test_state: Float[np.ndarray, "m P"] | None,
     actions: Float[np.ndarray, "m T D"],
     context: ChunkContext,
@@ -64,7 +69,8 @@ def substitution(
     its text's training chunks vote for (`likely_codes`), of all of them, or, where states are given, of the NEAREST in
     standardised state. The codes are decoded in the test chunk's own context and compared with the true chunk by
     `cosine_of_motion`; against the same with the text of a training chunk of another instruction, drawn with `seed`, the
-    same for every tokenizer. Test chunks whose text no training chunk has are left out.
+    same for every tokenizer; and with one of another instruction and the same phase (0: no phase is known), where any
+    training chunk has one. Test chunks whose text no training chunk has are left out.
 
     Raises DataError where no test chunk is left, or there is only one instruction.
     """
@@ -106,6 +112,17 @@ def substitution(
         return cosine_of_motion(actions[rows], decoded, space, normaliser, steps)
 
     own, against, best = score(predict(test_text[rows])), score(predict(other)), score(test_ids[rows])
+    alike, asked_alike = other.copy(), np.zeros(len(rows), bool)
+    draw = np.random.default_rng([seed, 1])
+    kinds = np.stack([test_instruction[rows], test_phase[rows]], 1)
+    for instruction, phase in np.unique(kinds[kinds[:, 1] > 0], axis=0):
+        among = train_text[(train_instruction != instruction) & (train_phase == phase)]
+        if len(among):
+            asked = (kinds == (instruction, phase)).all(1)
+            alike[asked], asked_alike[asked] = draw.choice(among, int(asked.sum())), True
+    same_phase = None
+    if asked_alike.any():
+        same_phase = float((own - score(predict(alike)))[asked_alike].mean())
     return Substitution(
         state=states is not None,
         chunks=len(rows),
@@ -114,6 +131,7 @@ def substitution(
         difference=float((own - against).mean()),
         closer=float(((own > against) + 0.5 * (own == against)).mean()),
         reconstruction=float(best.mean()),
+        same_phase=same_phase,
     )
 
 
