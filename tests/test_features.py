@@ -13,6 +13,7 @@ from actok.data import Episode, load_mixture, open_dataset, write_lerobot
 from actok.data.instructions import frame_texts
 from actok.training import feature_jobs
 from actok.training.features import extract_features, fingerprint
+from actok.training.semantic import open_features
 from fake_teacher import FakeTeacher, extract_and_die, feature
 from realdata import REAL, needs_real
 
@@ -210,6 +211,36 @@ def test_subtasks_of_lerobot_datasets_are_shown(tmp_path, version, layout):
     assert len(store.rows) == 4
     shutil.move(folder, tmp_path / "moved")
     assert open_store(tmp_path / "F", tmp_path / "moved").folder == store.folder
+
+
+def test_features_of_videos_that_were_made_anew_are_stale_and_without_videos_they_are_not(tmp_path):
+    pytest.importorskip("av")
+    rng = np.random.default_rng(0)
+    episodes = [
+        Episode(
+            index=i,
+            actions=rng.normal(size=(7, 3)).astype(np.float32),
+            instruction="go",
+            images={"front": np.full((7, 32, 48, 3), 60 * i + 20, np.uint8)},
+        )
+        for i in range(2)
+    ]
+    np.savez(tmp_path / "space.npz", **arrays())
+    folder = write_lerobot(episodes, tmp_path / "D", space=open_dataset(tmp_path / "space.npz").space, images="video")
+    seen, read = tmp_path / "F", tmp_path / "words"
+    extract_features(folder, FakeTeacher(reads_images=True), seen, progress=False)
+    extract_features(folder, FakeTeacher(), read, progress=False)
+    same = open_features(seen, open_dataset(folder), None)
+    (video,) = {*folder.rglob("*.mp4")}
+    whole = video.read_bytes()
+    video.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"of other videos: the files of .*front were changed .* actok features --data"):
+        open_features(seen, open_dataset(folder), None)
+    with pytest.raises(DataError, match="of other videos"):
+        extract_features(folder, FakeTeacher(reads_images=True), seen, progress=False)
+    assert open_features(read, open_dataset(folder), None).meta["videos"] is None  # words do not hang on them
+    video.unlink()
+    assert open_features(seen, open_dataset(folder), None).meta == same.meta
 
 
 def test_views_are_shown_in_the_order_asked_for(tmp_path):

@@ -147,6 +147,19 @@ class FeatureStore:
             offsets=offsets,
         )
 
+    def check_videos(self, now: str | None) -> None:
+        """Raise DataError naming the command to run where the teacher was shown other videos than there are now.
+
+        `now`: `actok.data.fingerprint.video_print` of the views in `meta`; None, as where videos are not at hand, tells
+        nothing.
+        """
+        then = self.meta.get("videos")
+        if None not in (then, now) and then != now:
+            raise DataError(
+                f"the features in {self.folder} are of other videos: the files of {', '.join(self.meta['views'])} were"
+                f" changed since; delete this folder and run: {_command(self.folder.parent, self.meta, None)}"
+            )
+
     def verify(self) -> None:
         """Read the arrays whole and compare their hashes. Raises DataError naming the one that was changed."""
         for name, stated in self.meta["files"].items():

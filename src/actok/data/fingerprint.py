@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from actok.data.resample import resampled_space
 # and blocks spread evenly over it.
 TAIL, BLOCK, BLOCKS = 65536, 4096, 16
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "video_print"]
 
 
 def fingerprint(dataset: EpisodeDataset, rate_hz: float | None = None) -> str:
@@ -43,6 +44,29 @@ def fingerprint(dataset: EpisodeDataset, rate_hz: float | None = None) -> str:
         "rate": rate,
     }
     return ";".join(f"{key}={value}" for key, value in entries.items())
+
+
+def video_print(dataset: EpisodeDataset, views: Sequence[str]) -> str | None:
+    """A hash of the video files that hold these views: names relative to the dataset's folder, sizes, both ends.
+
+    None where there are none, or not all of them are at hand. It is no part of `fingerprint`, so that a dataset without
+    its videos is still the same; images in tables and arrays are.
+    """
+    from actok.data.lerobot_read import LeRobotFolder
+
+    files = dataset.video_files(views) if isinstance(dataset, LeRobotFolder) else []
+    if not isinstance(dataset, LeRobotFolder) or not files or not all(path.is_file() for path in files):
+        return None
+    found = []
+    for path in sorted(files):
+        digest = hashlib.sha256()
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            digest.update(stream.read(BLOCK))
+            stream.seek(max(0, size - BLOCK))
+            digest.update(stream.read())
+        found.append([Path(os.path.relpath(path, dataset.meta.root)).as_posix(), size, digest.hexdigest()])
+    return _short(found)
 
 
 def _short(value: Any) -> str:

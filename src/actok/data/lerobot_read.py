@@ -73,6 +73,11 @@ class LeRobotFolder(EpisodeDataset):
         self.source_files = [meta.root / INFO, *dict.fromkeys(meta.files[i] for i in self._chosen)]
         self._kept: OrderedDict[Path, _DataFile] = OrderedDict()
 
+    def video_files(self, views: Sequence[str]) -> list[Path]:
+        """The files that these views of the chosen episodes are decoded from, at hand or not; none for images in tables."""
+        clips = [self.meta.videos[view][i].path for view in views if view in self.meta.videos for i in self._chosen]
+        return list(dict.fromkeys(clips))
+
     def _choose(self, episodes: Sequence[int] | None) -> np.ndarray:
         if episodes is None:
             return np.arange(len(self.meta.lengths))

@@ -17,7 +17,7 @@ from actok.alignment.store_write import as_stored, merge_parts, write_part
 from actok.core import ConfigError, DataError
 from actok.core.provenance import circumstances
 from actok.data import Episode, EpisodeDataset
-from actok.data.fingerprint import fingerprint
+from actok.data.fingerprint import fingerprint, video_print
 from actok.data.instructions import PROMPT, frame_texts
 from actok.data.resample import resampled_length, states_at
 
@@ -150,6 +150,7 @@ class FeatureJob(ABC):
                     f"{store.folder} holds features with {key} {json.dumps(store.meta[key])}, not {json.dumps(value)}; name"
                     " another --out, or delete this folder"
                 )
+        store.check_videos(video_print(self.dataset, self.views))
         return True
 
     def store(self) -> FeatureStore | None:
@@ -177,6 +178,7 @@ class FeatureJob(ABC):
                     "lengths": self.lengths,
                     "rate_hz": self.dataset.space.rate_hz if self.rate_hz is None else self.rate_hz,
                     **self.identity,
+                    "videos": video_print(self.dataset, self.views),
                     "arguments": dict(arguments),
                     "provenance": circumstances(("numpy", "torch", "transformers")),
                 },

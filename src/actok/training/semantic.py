@@ -65,12 +65,14 @@ def alignment_config(
 def open_features(folder: str | Path, dataset: EpisodeDataset, rate_hz: float | None) -> FeatureStore:
     """The features of a dataset. Raises DataError with the command to run where they are missing or stale."""
     from actok.alignment.store import FeatureStore
-    from actok.training.features import fingerprint
+    from actok.data.fingerprint import fingerprint, video_print
 
     place = None
     if dataset.source_files and dataset.selection is None:
         place = os.path.commonpath([os.path.abspath(path) for path in dataset.source_files])
-    return FeatureStore.open(folder, dataset.name, fingerprint(dataset, rate_hz), data=place)
+    store = FeatureStore.open(folder, dataset.name, fingerprint(dataset, rate_hz), data=place)
+    store.check_videos(video_print(dataset, store.meta.get("views") or ()))
+    return store
 
 
 def same_teacher(stores: Sequence[FeatureStore]) -> None:
