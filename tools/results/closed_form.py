@@ -62,7 +62,7 @@ def make_pages(places: Places) -> None:
         )
     write_bytes(places.pages / "speed.md", speed_page(places))
     write_bytes(places.pages / "tolerance.md", tolerance_page(places.sources))
-    write_bytes(places.pages / "README.md", index(rows))
+    write_bytes(places.pages / "README.md", index(rows, policies=(places.pages / "policies").is_dir()))
 
 
 def page(name: str, results: Mapping[str, Any]) -> str:
@@ -182,14 +182,15 @@ def tolerance_page(sources: Mapping[str, Source]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def index(rows: list[str]) -> str:
+def index(rows: list[str], *, policies: bool = False) -> str:
     """The list of pages; what is said about the figures stands in FINDINGS.md, which is written by hand."""
     return "\n".join(
         [
             "# Results",
             "",
             "Every table here is made by `make results` (work files in `runs/results`, seed 0, hardware and commit below each"
-            " table). [What they say](FINDINGS.md). [Learned tokenizers](learned/README.md). [Semantic codes](semantic/README.md). [Tolerances](tolerance.md). [Speed](speed.md).",
+            " table). [What they say](FINDINGS.md). [Learned tokenizers](learned/README.md). [Semantic codes](semantic/README.md)."
+            f"{' [Policies](policies/README.md).' if policies else ''} [Tolerances](tolerance.md). [Speed](speed.md).",
             "",
             "Meta-World is collected by the command itself; the other sets are added with `DATA_ROOT=...` where they are at"
             " hand.",

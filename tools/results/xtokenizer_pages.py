@@ -182,6 +182,8 @@ def index_page(
         "* [Features that see](images.md): a teacher that is shown the images, trained here",
         "* [Codes](codes.md): pictures and examples",
         "* [Training](training.md): steps, seconds, parameters",
+        "* [What they say](../FINDINGS.md#semantic-codes), and where the published claims do not appear on this data;"
+        " [what was tried](../../LOG.md) and did not work; [what each figure is](../../semantics.md)",
         "",
         "```",
         "actok features --data DATA --teacher TEACHER --out FEATURES",

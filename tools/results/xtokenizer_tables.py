@@ -49,6 +49,7 @@ __all__ = [
     "conditions",
     "limits",
     "plain",
+    "retrieval_of_chunks",
     "rows_by_seed",
     "semantic_figures",
     "semantic_row",
@@ -218,6 +219,7 @@ def ablation_page(body: Mapping[str, Any]) -> str:
             ],
         ),
         "",
+        *retrieval_of_chunks((body["labels"] or {}).get("raw_retrieval")),
         "## Perplexity and use of the levels",
         "",
         "The published pattern is that level 0 has the lowest perplexity.",
@@ -239,6 +241,14 @@ def limits(raw: Mapping[str, Any]) -> str:
     if not known:
         return ""
     return f"The same probe on the chunks themselves, and always naming the most frequent label: {'; '.join(known)}."
+
+
+def retrieval_of_chunks(raw: Mapping[str, Any] | None) -> list[str]:
+    """What the same linear map finds from the chunks themselves; nothing where it was not measured."""
+    if raw is None:
+        return []
+    ways = [f"{way.replace('_', ' ')} {share(raw[way]['recall1'])}" for way in ("text_to_chunk", "chunk_to_text")]
+    return [f"The same retrieval from the chunks themselves: {', '.join(ways)}.", ""]
 
 
 # -- many arms --------------------------------------------------------------------------------------------------------
