@@ -156,8 +156,32 @@ def test_who_reads_the_state_is_a_setting():
         assert moved == [readers == 2, readers >= 1]
 
 
+def test_an_anchor_far_from_all_actions_is_refused_and_one_of_another_rotation_is_not():
+    """Positions in millimetres beside actions in metres, when encoding, decoding and fitting."""
+    rng = np.random.default_rng(5)
+    actions = rng.uniform(-0.3, 0.3, (23, 16, 7)).astype(np.float32)
+    anchor = actions[:, 0] + 0.25
+    data = FitPart(actions=actions, space=find_space("droid_ee"), anchor=anchor)
+    tok = prepared(data)
+    ids = tok.encode(actions, ChunkContext(anchor=anchor)).ids
+    turned = np.where(np.arange(7) == 4, 1.2, anchor)
+    assert np.isfinite(tok.decode(ids, ChunkContext(anchor=turned)).actions).all()
+    wrong = anchor.copy()
+    wrong[11, 1] = 250.0
+    for call in (tok.encode, tok.decode):
+        values = actions if call == tok.encode else ids
+        with pytest.raises(
+            DataError, match=r"anchor of chunk 11 has 250 in y, where .* -0\.\d+ and 0\.\d+"
+        ):
+            call(values, ChunkContext(anchor=wrong))
+    prepared(replace(data, anchor=wrong))  # a single broken frame is no reason to refuse the data
+    with pytest.raises(DataError, match="in the frame and unit of the actions"):
+        prepared(replace(data, anchor=1000 * np.abs(anchor) + 50))
+
+
 def test_absolute_poses_come_back_about_the_anchor():
     data = part("droid_ee", 16, anchor=7)
+    data = replace(data, anchor=data.actions[:, 0])
     tok = prepared(data)
     ids = np.random.default_rng(1).integers(0, 17, (3, 12))
     states = np.zeros((2, 3, 7))

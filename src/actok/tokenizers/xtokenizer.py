@@ -214,7 +214,11 @@ class XTokenizer(NeuralTokenizer):
         if not np.isfinite(anchor).all():
             row = int(np.argmin(np.isfinite(anchor).all(1)))
             raise DataError(f"anchor of chunk {row} holds a value that is not finite; repair it, or give no anchor")
-        return anchor.astype(np.float64)
+        anchor, shared = anchor.astype(np.float64), self._shared[embodiment.space.embodiment]
+        statistics = embodiment.normaliser.statistics
+        if shared.union.needs_anchor and statistics is not None and anchor.shape[1] == embodiment.space.dim:
+            shared.check_anchor(anchor, statistics)
+        return anchor
 
     def _spans(self, horizon: int) -> list[slice]:
         """Windows of a chunk: itself, or whole slots up to the fitted horizon and the rest."""

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from actok.core import ActionSpace, DataError, FitPart
 from actok.signal.normalise import CONSTANT_WIDTH, Normaliser, NormaliserKind
 from actok.signal.sketch import StatisticsAccumulator
+from actok.signal.statistics import Statistics
 from actok.tokenizers.embodiments import Embodiment
 from actok.tokenizers.xtokenizer_layout import FrameName, LayoutName, Placement, UnionMap
 
@@ -102,6 +103,29 @@ class Shared:
         known[:] = True
         return state, known
 
+    def check_anchor(self, anchor: Float[np.ndarray, "B P"], statistics: Statistics) -> None:
+        """Raise DataError where an anchor is no state that these actions could begin at.
+
+        A robot that commands absolute positions is commanded near where it is. A state that is farther beyond the range of
+        its actions than this range is wide (that of the group's widest dimension) is of another point, frame or unit, and
+        what is decoded about it would lead the robot astray. Rotations are not looked at; smaller errors go unnoticed.
+        """
+        for place in self.union.placements:
+            own = list(place.own)
+            low, high = statistics.minimum[own], statistics.maximum[own]
+            reach = float((high - low).max())
+            if not place.needs_anchor or place.group.rotation or reach <= CONSTANT_WIDTH:
+                continue
+            astray = np.maximum(low - anchor[:, own], anchor[:, own] - high) > reach
+            if astray.any():
+                row, i = (int(n) for n in np.argwhere(astray)[0])
+                space = self.union.space
+                raise DataError(
+                    f"anchor of chunk {row} has {anchor[row, own[i]]:g} in {space.names[own[i]]}, where the actions of"
+                    f" {space.embodiment!r} lie between {low[i]:g} and {high[i]:g}; give the state of the point that is"
+                    " commanded, in the frame and unit of the actions"
+                )
+
     def tables(self) -> dict[str, np.ndarray]:
         """What the codec's losses read: centre and half of all channels [U], and which of the two rotations turn [2]."""
         centre, half = np.zeros(self.union.dim, np.float32), np.ones(self.union.dim, np.float32)
@@ -116,7 +140,8 @@ def measure(
 ) -> dict[str, Shared]:
     """Ranges and scales by embodiment, from all unpadded steps of the parts' chunks, and all their anchors.
 
-    Raises SpaceMismatchError where a group has no place; DataError where an anchor is missing or does not fit.
+    Raises SpaceMismatchError where a group has no place; DataError where an anchor is missing or does not fit, or where
+    the median anchor of a part lies far from its actions (`Shared.check_anchor`; the message counts it as chunk 0).
     """
     found = {}
     for name, embodiment in embodiments.items():
@@ -131,6 +156,10 @@ def measure(
                 values.update(steps[real])
         mean, std = _scale([p.anchor for p in own], name)
         found[name] = Shared(union=union, ranges=Normaliser.make(KIND, values.result()), mean=mean, std=std)
+        statistics = embodiment.normaliser.statistics
+        if union.needs_anchor and statistics is not None:
+            for part in own:  # what is typical: a single frame may be broken
+                found[name].check_anchor(np.median(part.anchor, axis=0, keepdims=True), statistics)
     return found
 
 
