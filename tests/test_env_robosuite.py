@@ -252,6 +252,21 @@ def test_observing_leaves_the_physics_to_robosuite(env, actions) -> None:
     assert np.array_equal(simulator.sim.data.qpos, expected)
 
 
+def test_steps_at_which_nobody_looks_are_the_same_and_read_nothing(env, actions, monkeypatch) -> None:
+    env.reset("lift", seed=8)
+    moment = env.snapshot()
+    expected = trajectory(env, actions)[-1]
+    env.rollback(moment)
+    scene, read = env._scenes["lift"], []
+    monkeypatch.setattr(scene, "read", lambda: read.append(1) or type(scene).read(scene))
+    for action in actions[:-1]:
+        env.advance(action)
+    assert not read
+    assert np.array_equal(env.step(actions[-1]).state, expected)
+    assert len(read) == 1
+    assert env.success is False
+
+
 def test_proprioception_is_of_the_arm_then_of_the_objects(env) -> None:
     first = env.reset("lift", seed=2)
     state = SceneState.from_vector(first.state)

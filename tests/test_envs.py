@@ -339,13 +339,27 @@ def test_the_library_that_is_installed_renders(
             raise OSError(name)
 
     monkeypatch.setattr(cameras.ctypes, "CDLL", load)
-    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    monkeypatch.delitem(sys.modules, "mujoco.gl_context", raising=False)
     for variable, value in (("MUJOCO_GL", told), ("DISPLAY", display)):
         monkeypatch.setenv(variable, value or "")  # so that what is set here is undone in any case
         if value is None:
             monkeypatch.delenv(variable)
     cameras.choose_backend()
     assert os.environ.get("MUJOCO_GL") == chosen
+
+
+def test_cameras_after_an_environment_without_any_in_the_same_process() -> None:
+    pytest.importorskip("metaworld")
+    code = """
+from actok.envs import make_env
+make_env("metaworld").reset("reach-v3", seed=0)  # imports MuJoCo, which reads then how to render
+print(make_env("metaworld", views=("topview",), image_size=32).reset("reach-v3", seed=0).images["topview"].std() > 5)
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "DISPLAY", "PYOPENGL_PLATFORM")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    if "install libegl1" in done.stderr and not any(map(cameras._loads, ("libEGL.so.1", "libOSMesa.so.8"))):
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.stdout.strip() == "True", done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a window system is always there")

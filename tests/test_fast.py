@@ -271,6 +271,22 @@ def test_published_files_serve_any_dimensions_and_adapt_to_raw_units(plus, tmp_p
     assert (settings["action_dim"], settings["time_horizon"]) == (D, T)
 
 
+def test_the_first_robot_added_to_published_files_is_the_default(fast, tmp_path):
+    actions = chunks(50, 17)[..., :D] * 40 + 7
+    fast.to_published(tmp_path / "files")
+    plus = FastTokenizer.from_published(tmp_path / "files", horizon=T)
+    assert list(plus.spaces) == [f"normalised-{D}"]
+    robot = plus.adapt(ActionSpace.raw(D, "arm"), Statistics.from_array(actions))
+    assert list(robot.spaces) == ["arm"]
+    out = robot.decode(robot.encode(actions))
+    assert np.abs(out.actions - actions).mean() < 0.05 * actions.std((0, 1)).mean()
+    unit, there = robot.normalise(actions), ChunkContext(embodiment=f"normalised-{D}")
+    np.testing.assert_array_equal(robot.encode(unit, there).flat, robot.encode(actions).flat)
+    both = robot.adapt(ActionSpace.raw(5, "other"), Statistics.from_array(np.zeros((9, 3, 5)) + np.arange(3)[:, None]))
+    assert list(both.spaces) == ["arm", "other"]
+    assert list(actok.load(robot.save_pretrained(tmp_path / "own")).spaces) == ["arm"]
+
+
 @needs_real
 def test_undecodable_bytes_are_invalid_and_repaired_only_on_request(plus):
     lone = int(np.flatnonzero((plus.bpe.lengths == 1) & (plus.bpe.atoms[plus.bpe.starts[:-1]] == 0xC5))[0])

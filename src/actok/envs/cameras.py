@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import importlib
 import os
 import sys
 import weakref
@@ -13,6 +14,11 @@ from typing import Any
 import numpy as np
 
 from actok.core.errors import ActokError, ConfigError
+
+NO_OPENGL = (
+    "images need an offscreen OpenGL, which failed ({}: {}); install libegl1, libegl-mesa0 and libgl1-mesa-dri and set"
+    " MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa, or make the environment without views"
+)
 
 __all__ = ["Cameras", "check_views", "choose_backend"]
 
@@ -34,15 +40,24 @@ def check_views(simulator: str, views: Sequence[str] | str, known: Sequence[str]
 
 
 def choose_backend() -> None:
-    """Before MuJoCo is first imported: how to render on a Linux machine without a display, unless MUJOCO_GL says it.
+    """How MuJoCo renders on a Linux machine without a display, unless MUJOCO_GL says it.
 
     EGL where its library is installed (it uses a GPU where there is one), else OSMesa, which renders in software. Where
-    neither is installed EGL is named, and making the cameras says what to install.
+    neither is installed EGL is named, and making the cameras says what to install. MuJoCo reads the variable when it is
+    imported; where that has happened (for an environment without views, say), the module that read it is loaded again.
     """
-    if sys.platform != "linux" or "mujoco" in sys.modules or os.environ.get("DISPLAY"):
+    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL"):
         return
     missing = not _loads("libEGL.so.1") and _loads("libOSMesa.so.8", "libOSMesa.so.6")
-    os.environ.setdefault("MUJOCO_GL", "osmesa" if missing else "egl")
+    os.environ["MUJOCO_GL"] = "osmesa" if missing else "egl"
+    read = sys.modules.get("mujoco.gl_context")
+    if read is None:
+        return
+    try:
+        importlib.reload(read)
+    except Exception as error:  # a library that does not load shows in many ways
+        del os.environ["MUJOCO_GL"]
+        raise ActokError(NO_OPENGL.format(type(error).__name__, error)) from error
 
 
 def _loads(*libraries: str) -> bool:
@@ -79,11 +94,7 @@ class Cameras:
         try:
             self._renderer = mujoco.Renderer(model, size, size)
         except Exception as error:  # each OpenGL backend raises its own kind
-            raise ActokError(
-                f"images need an offscreen OpenGL, which failed ({type(error).__name__}: {error}); install libegl1,"
-                " libegl-mesa0 and libgl1-mesa-dri and set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa, or make the"
-                " environment without views"
-            ) from error
+            raise ActokError(NO_OPENGL.format(type(error).__name__, error)) from error
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._option = mujoco.MjvOption()
         for group in hidden:

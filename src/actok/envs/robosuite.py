@@ -118,9 +118,13 @@ class RobosuiteEnv(Env):
 
     def step(self, action: np.ndarray) -> Observation:
         """See Env.step."""
+        self.advance(action)
+        return self._observe(self._begun()[0])
+
+    def advance(self, action: np.ndarray) -> None:
+        """See Env.advance."""
         scene, _ = self._begun()
         self._success = scene.step(self.check_action(action))
-        return self._observe(scene)
 
     @property
     def success(self) -> bool:

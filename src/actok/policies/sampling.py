@@ -190,12 +190,13 @@ def _draw_constrained(
         active = np.flatnonzero(~constraint.done(state))
         if not len(active):
             break
-        allowed = np.zeros((len(active), known), bool)
-        mask = constraint.allowed(state[active])[:, :known]
-        allowed[:, : mask.shape[1]] = mask
         rows = torch.from_numpy(active).to(scores.device)
-        masked = scores[rows, i].masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
-        if bool(masked.isneginf().all(-1).any()):
+        here = scores[:, i] if len(active) == count else scores[rows, i]
+        mask = constraint.allowed(state[active])[:, :known]
+        if mask.shape[1] < known:
+            mask = np.pad(mask, ((0, 0), (0, known - mask.shape[1])))
+        masked = here.masked_fill(torch.from_numpy(~mask).to(scores.device), -torch.inf)
+        if bool(masked.amax(-1).isneginf().any()):
             raise ConfigError(
                 f"nothing may stand at position {start + i} that both layout and constraint admit; take both from one"
                 " tokenizer, at the same horizon and embodiment"

@@ -48,6 +48,7 @@ from actok.core import (
 from actok.signal.automaton import SpellingConstraint, SpellingTables
 from actok.signal.bpe import FIRST_CHAR, LARGEST_ALPHABET, Bpe, read_bpe, train_bpe
 from actok.signal.normalise import Normaliser
+from actok.signal.statistics import Statistics
 from actok.tokenizers import fast_plus
 from actok.tokenizers.base import CodecInput, Encoded, Reconstruction
 from actok.tokenizers.closed_form import ClosedFormTokenizer
@@ -109,7 +110,8 @@ class FastTokenizer(ClosedFormTokenizer):
 
     Works at any horizon, and one vocabulary serves robots of different D. The embodiment "normalised-<D>" is always
     there: D dimensions that lie in [-1, 1] already. A tokenizer from published files has no other one until `adapt`
-    adds it; without a context it takes each chunk's D as it comes.
+    adds it; without a context it takes each chunk's D as it comes. The first robot that `adapt` adds becomes the
+    default, so that raw actions never meet the identity unless it is named.
     """
 
     kind = "fast"
@@ -234,6 +236,12 @@ class FastTokenizer(ClosedFormTokenizer):
             dim=dims.pop() if len(dims) == 1 else None,
         )
         return write_folder(Path(folder), files)
+
+    def adapt(self, space: ActionSpace, statistics: Statistics) -> Self:
+        """See TokenizerBase.adapt; a robot comes before "normalised-<D>", which is known without being listed."""
+        adapted = super().adapt(space, statistics)
+        robots = {name: e for name, e in adapted._embodiments.items() if not _is_placeholder(name, e)}
+        return type(self)(self.config, robots, self._horizon, self._tensors, self._files, self._meta)
 
     def embodiment(self, name: str | None = None) -> Embodiment:
         """See ClosedFormTokenizer.embodiment; "normalised-<D>" is known to every FAST tokenizer."""
@@ -378,6 +386,14 @@ class FastTokenizer(ClosedFormTokenizer):
 def _normalised(dim: int) -> Embodiment:
     """D dimensions that lie in [-1, 1] already."""
     return Embodiment(ActionSpace.raw(dim, f"normalised-{dim}"), Normaliser.identity(dim))
+
+
+def _is_placeholder(name: str, embodiment: Embodiment) -> bool:
+    """Whether this is what `_normalised` gives, as `from_published` or an artifact holds it."""
+    match = NORMALISED.fullmatch(name)
+    return match is not None and (
+        embodiment.normaliser.kind == "identity" and embodiment.space == _normalised(int(match[1])).space
+    )
 
 
 def quantise(chunks: np.ndarray, scale: float) -> np.ndarray:
