@@ -26,9 +26,10 @@ from actok.policies.load import is_policy, load_policy
 from actok.policies.presets import find_policy_preset, policy_presets
 from actok.policies.prompt import StateRange, prompts
 from actok.policies.tiny import TinyConfig, TinyVLM
-from actok.policies.token_head import TokenHead, say
+from actok.policies.token_head import TokenHead, read_on, say
 from actok.policies.vla import VLA, VLAConfig
 from actok.training import fit_parts
+from actok.training.policy_stages import policy_train_config
 
 B, T, D, P = 3, 7, 4, 5
 GROUPS = (
@@ -194,6 +195,38 @@ def test_the_loss_of_a_block_does_not_depend_on_its_own_codes_or_later_ones(name
             assert not torch.allclose(changed[:, last:], base[:, last:], atol=1e-3)
 
 
+@pytest.mark.parametrize("expert", [0, 16])
+@pytest.mark.parametrize(("name", "block"), [*((n, None) for n in LAYOUTS), ("bins", 5), ("fast", 3), ("oat-tiny", 3)])
+def test_the_loss_of_a_block_has_no_gradient_to_the_embeddings_of_its_own_codes(name, block, expert, monkeypatch):
+    """Nor to those of later ones, and one to those of the block before: ragged blocks and varying lengths too."""
+    policy = policy_of(name, token_expert=expert, **({} if block is None else {"block": block}))
+    head = head_of(policy)
+    seen = policy._see(policy._look(observation()), observation())
+    given = batch(policy)
+    chosen = head._plan_of(int((given.codes >= 0).sum(1).max()))
+    codes = torch.nn.functional.pad(given.codes, (0, max(0, chosen.tokens - given.codes.shape[1])), value=-1)
+    codes = codes[:, : chosen.tokens]
+    known = codes >= 0
+    ids = torch.where(known, head.vocab.to_lm(codes.clamp(min=0), head.layout), head.vocab.end)
+    coder, fed = head._coder(seen), []
+    embed = coder.embed
+
+    def watched(given_ids):
+        fed.append(embed(given_ids).detach().requires_grad_())
+        return fed[-1]
+
+    monkeypatch.setattr(coder, "embed", watched)
+    scores = head.logits(seen, chosen, ids).log_softmax(-1).gather(2, ids[..., None])[..., 0] * known
+    for first, last in zip(chosen.edges[:-1], chosen.edges[1:], strict=True):
+        if not known[:, first:last].any():
+            continue
+        (gradient,) = torch.autograd.grad(scores[:, first:last].sum(), fed[0], retain_graph=True)
+        own = torch.from_numpy(chosen.source >= first)
+        assert not gradient[:, own].any()
+        before = torch.from_numpy((chosen.source >= 0) & (chosen.source < first))
+        assert bool(gradient[:, before].any()) == (first > 0)
+
+
 def test_a_deadline_ends_at_a_prefix_that_decodes():
     policy = policy_of("oat-tiny")
     assert len(head_of(policy).plan.stops) > 1
@@ -332,9 +365,95 @@ def test_a_policy_that_speaks_says_the_subtask_then_acts():
 def test_said_text_holds_no_codes_and_ends():
     policy = policy_of("bins", speaks=True)
     seen = policy._see(policy._look(observation()), observation())
-    texts, further = say(seen, policy.vocab.boblk, limit=5)
+    texts, further = say(seen, policy.vocab, policy.vocab.boblk, limit=5)
     assert all(isinstance(text, str) for text in texts)
     assert seen.cache.length <= further.cache.length <= seen.cache.length + 5
+
+
+def test_no_code_is_said_where_codes_are_the_tail_of_the_text_ids(monkeypatch):
+    policy = policy_of("bins", speaks=True, vocabulary="tail", reserved=20)
+    low, high = policy.vocab.span
+    assert high < policy.backbone.text_size
+    with torch.no_grad():
+        seen = policy._see(policy._look(observation(1)), observation(1))
+        policy.backbone.output.weight.copy_(torch.eye(policy.backbone.width))
+        policy.backbone.table[low] = 100 * seen.last[0]
+    assert policy.backbone.logits(seen.last[:, None]).argmax() == low
+    said: list[int] = []
+    monkeypatch.setattr(policy.backbone, "text_of", lambda ids: said.extend(ids) or "")
+    say(seen, policy.vocab, policy.vocab.boblk, limit=1)
+    assert len(said) == 1
+    assert not low <= said[0] < high
+
+
+@pytest.mark.parametrize("expert", [0, 16])
+@pytest.mark.parametrize("name", ["bins", "fast"])
+def test_what_is_said_after_the_blocks_depends_on_the_codes(name, expert):
+    """The observations are one and the same, so only the codes tell which sentence follows."""
+    policy = policy_of(name, concludes=True, token_expert=expert, steps=2, state="vector").train()
+    sentences = ("now lift it", "done", "move on to the left door")
+    given = batch(policy, after=sentences)
+    same = replace(
+        given.observation,
+        instruction=[TASKS[0]] * B,
+        proprio=np.repeat(given.observation.proprio[:1], B, 0),
+    )
+    given = replace(given, observation=same)
+    assert len({tuple(row) for row in given.codes.tolist()}) == B
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    for _ in range(80):
+        losses = policy.losses(given)
+        assert set(losses) == {"tokens", "text_after"}
+        optimizer.zero_grad()
+        losses["text_after"].backward()
+        optimizer.step()
+    policy.eval()
+    with torch.no_grad():
+        seen = policy._see(policy._look(same), same)
+        behind = read_on(seen, policy._codes_in_text(given.codes.numpy()))
+        assert tuple(say(behind, policy.vocab, policy.vocab.end)[0]) == sentences
+        # Said token by token over the cache = the likeliest of one pass over prompt, codes, <EoBlk> and words.
+        for b, words in enumerate(policy.backbone.text_ids(sentences)):
+            one = PolicyObservation(instruction=[TASKS[0]], proprio=same.proprio[:1])
+            codes = policy._codes_in_text(given.codes[b : b + 1].numpy())[0]
+            assert codes[-1] == policy.vocab.eoblk
+            row = torch.tensor([[*codes, *words]])
+            hidden, _ = policy._see(policy._look(one), one).read(row, torch.ones_like(row, dtype=torch.bool))
+            scores = policy.backbone.logits(hidden[:, len(codes) - 1 :])[0]
+            assert scores.argmax(-1).tolist() == [*words, policy.vocab.end]
+
+
+def test_a_policy_says_before_and_after_what_it_has_learnt_around_its_codes():
+    policy = policy_of("bins", speaks=True, concludes=True, steps=2, state="vector").train()
+    before, after = ("grasp it", "lift", ""), ("then lift", "", "done with the drawer")
+    given = batch(policy, text=before, after=after)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    for _ in range(100):
+        losses = policy.losses(given)
+        assert set(losses) == {"text", "tokens", "text_after"}
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+    acted = policy.act(given.observation)
+    assert (tuple(acted.text), tuple(acted.text_after)) == (before, after)
+    assert acted.valid.all()
+    assert acted.seconds["text_after"] > 0
+    late = policy.act(given.observation, deadline_s=10.0)  # actions are due: nothing is said after them
+    assert tuple(late.text_after) == ("",) * B
+    assert np.array_equal(late.codes, acted.codes)
+
+
+@pytest.mark.parametrize("name", ["bins", "fast"])
+def test_a_policy_that_may_conclude_acts_as_one_that_may_not(name):
+    quiet, may = policy_of(name), policy_of(name, concludes=True)
+    given = batch(quiet, after=["a", "b", "c"])
+    assert set(quiet.losses(given)) == {"tokens"}
+    assert torch.equal(quiet.losses(given)["tokens"], may.losses(given)["tokens"])
+    first, second = quiet.act(given.observation), may.act(given.observation)
+    assert np.array_equal(first.codes, second.codes)
+    assert np.array_equal(first.actions, second.actions)
+    assert tuple(first.text_after) == ("",) * B
+    assert "text_after" not in first.seconds
 
 
 def test_text_read_piece_by_piece_is_text_read_at_once():
@@ -430,6 +549,8 @@ def test_what_the_policy_was_not_trained_on_is_refused():
         ({"spacing": 3}, "spacing is 3"),
         ({"block": 0}, "block is 0"),
         ({"speaks": True, "heads": ("flow",), "flow_expert": 8}, "speaks"),
+        ({"concludes": True, "heads": ("flow",), "flow_expert": 8}, "concludes"),
+        ({"concludes": "yes"}, "concludes is 'yes'"),
         ({"temperature": -1.0}, "temperature"),
     ],
 )
@@ -467,6 +588,15 @@ def test_presets_are_what_their_classes_take(name):
     config = build_config(VLAConfig, preset.policy, name)
     assert config.heads
     assert preset.summary
+    trained = policy_train_config(preset.training, {}, name)
+    if name.startswith("fastervla-"):
+        assert [stage.train for stage in trained.stages] == [("expert",), ("expert", "language")]
+        assert (trained.learning_rate, trained.weight_decay, trained.warmup_steps) == (2.5e-5, 1e-10, 1000)
+        assert (config.spacing, config.temperature, config.top_k, config.state) == (2, 0.8, 50, "text")
+        assert config.token_expert
+    if "flow" in config.heads:
+        assert config.insulate
+        assert config.heads == ("flow", "tokens")
     if preset.backbone.get("kind") == "tiny":
         sizes = {k: v for k, v in preset.backbone.items() if k != "kind"}
         assert build_config(TinyConfig, sizes, name).width > 0

@@ -1,5 +1,6 @@
 """Training policies: what a sample is, the loop on a policy of two layers, stages, resuming to the bit, the command line."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from actok.backbones.policy_models import load_backbone
 from actok.cli.main import main
 from actok.core import ChunkContext, ConfigError, DataError, SpaceMismatchError
 from actok.data import open_dataset, split_dataset
-from actok.policies.base import Policy
+from actok.policies.base import Policy, PolicyObservation
 from actok.policies.load import load_policy
 from actok.signal.statistics import Statistics
 from actok.training import TrainingError, TrainingStopped, policy_images
@@ -226,6 +227,61 @@ def test_images_beyond_the_memory_for_them_are_refused_before_they_are_read(bins
     with pytest.raises(DataError, match=r"frames of image \(6 x 4\) take 0.0 GB, more than the 0 GB"):
         PolicyData.build(frames(), bins, views=["image"], progress=False)
     assert len(PolicyData.build(frames(), bins, progress=False))
+
+
+def test_a_view_goes_by_the_last_part_of_its_name(bins, monkeypatch):
+    plain = open_dataset(frames())
+    original = type(plain).episode
+
+    def with_two_cameras(self, index, *, images=False):
+        episode = original(self, index, images=images)
+        shown = {f"observation.images.{c}": episode.images["image"] for c in ("top", "wrist")} if images else {}
+        return dataclasses.replace(episode, images=shown)
+
+    monkeypatch.setattr(type(plain), "episode", with_two_cameras)
+    for camera in ("top", "wrist"):
+        found = PolicyData.build(frames(), bins, views=[camera], progress=False)
+        assert found.views == (f"observation.images.{camera}",)
+        assert set(found.batch([0]).observation.images) == set(found.views)
+    with pytest.raises(ConfigError, match="name each once"):
+        PolicyData.build(frames(), bins, views=["top", "observation.images.top"], progress=False)
+    with pytest.raises(DataError, match=r"no view 'side'; it has observation\.images\.top"):
+        PolicyData.build(frames(), bins, views=["side"], progress=False)
+
+
+def test_the_text_after_a_chunk_is_the_subtask_in_force_when_it_is_over(bins):
+    built = PolicyData.build(frames(), bins, text="subtask", after="subtask", progress=False)
+    given = frames()
+    split = split_dataset(open_dataset(given), seed=0)
+    offsets = np.concatenate([[0], np.cumsum(given["episode_length"])])
+    names = np.array(["reach", "pull"])
+    row = 0
+    for e in split.train:
+        first, last = offsets[e], offsets[e + 1] - 1
+        frame = np.arange(first, last + 1)
+        batch = built.batch(np.arange(row, row + len(frame)))
+        assert list(batch.text) == list(names[given["phase"][frame]])
+        assert list(batch.after) == list(names[given["phase"][np.minimum(frame + T, last)]])
+        row += len(frame)
+    assert row == len(built)
+    assert set(built.said) == {"reach", "pull"}
+    assert PolicyData.build(frames(), bins, progress=False).batch([0]).after is None
+
+
+def test_a_policy_that_concludes_is_trained_to_from_data(bins):
+    settings = {**TINY, "concludes": True}
+    policy = train_policy(frames(), bins, settings=settings, training=FEW, progress=False)
+    assert set(policy.meta["training"]["losses"]) == {"tokens", "text_after"}
+
+
+def test_a_policy_without_a_state_is_trained_on_codes_made_without_one():
+    """A tokenizer that starts its curves at the state would decode elsewhere, so it is refused before training."""
+    clamped = actok.fit("beast", frames(), horizon=T, clamp_start=True)
+    still = {**without("proprio"), "proprio": np.zeros((len(frames()["action"]), D), np.float32)}
+    options = {"views": ["image"], "training": FEW, "progress": False}
+    with pytest.raises(DataError, match="anchor"):
+        train_policy(still, clamped, settings={**TINY, "state": "none"}, **options)
+    assert train_policy(still, clamped, settings={**TINY, "state": "vector"}, **options).proprio == D
 
 
 def test_a_sample_that_does_not_exist(samples):
@@ -439,10 +495,14 @@ def test_a_trained_policy_acts_alone_from_its_folder(fast, tmp_path, heads):
     assert loaded.meta["training"]["steps"] == 6
     assert set(loaded.meta["training"]["losses"]) == {"tokens", "text"} | set(heads)
     lengths = PolicyData.build(frames(), fast, progress=False).train.token_lengths
-    longest = fast.layout_for(T).max_len
-    assert loaded.meta["passes"] == pytest.approx(
-        np.minimum(lengths + 1, longest).mean()
-    )  # one code a pass, and the end
+    assert loaded.meta["passes"] == pytest.approx(lengths.mean())  # one code a pass; no pass for the end
+    one = PolicyObservation(
+        instruction=observation.instruction[:1],
+        proprio=observation.proprio[:1],
+        images={view: pixels[:1] for view, pixels in observation.images.items()},
+    )
+    emitted = loaded.act(one, head="tokens", generator=torch.Generator().manual_seed(0))
+    assert emitted.passes == (emitted.codes >= 0).sum()
 
 
 def test_a_resumed_run_is_the_same_policy_and_another_run_is_refused(bins, tmp_path, monkeypatch):

@@ -80,3 +80,13 @@ def test_exit_codes(arguments, code):
     done = subprocess.run([sys.executable, "-m", "actok", *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_policies_are_reached_from_the_package_without_loading_torch_before():
+    done = python(
+        "import actok, sys\n"
+        "assert {'train_policy', 'load_policy', 'fit', 'load'} <= set(dir(actok))\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(actok.train_policy.__module__, actok.load_policy.__module__)\n"
+    )
+    assert done.stdout.split() == ["actok.training.policy", "actok.policies.load"], done.stderr

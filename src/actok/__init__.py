@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "fit": "actok.training",
     "load": "actok.training",
+    "load_policy": "actok.policies.load",
+    "train_policy": "actok.training.policy",
     "list_tokenizers": "actok.core",
     "ActionSpace": "actok.core",
     "ActionTokenizer": "actok.core",
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
         Tokens,
         list_tokenizers,
     )
+    from actok.policies.load import load_policy
     from actok.training import fit, load
+    from actok.training.policy import train_policy
 
 __all__ = [
     "ActionSpace",
@@ -45,6 +49,8 @@ __all__ = [
     "fit",
     "list_tokenizers",
     "load",
+    "load_policy",
+    "train_policy",
 ]
 
 

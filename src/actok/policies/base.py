@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class PolicyBatch:
         real: bool [B, T], False beyond the episode's end.
         codes: int64 [B, N], the tokenizer's ids of these chunks; -1 behind the end where the length varies.
         text: what the policy is to say before it acts (the sub-task in force), B texts; None: nothing.
+        after: what it is to say behind the codes (the sub-task in force when the chunk is over), B texts; None: nothing.
     """
 
     observation: PolicyObservation
@@ -52,19 +53,14 @@ class PolicyBatch:
     real: Bool[Tensor, "B T"]
     codes: Int[Tensor, "B N"]
     text: Sequence[str] | None = None
+    after: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.observation)
 
     def to(self, device: Any) -> PolicyBatch:
         """The same batch with its tensors on another device."""
-        return PolicyBatch(
-            observation=self.observation,
-            actions=self.actions.to(device),
-            real=self.real.to(device),
-            codes=self.codes.to(device),
-            text=self.text,
-        )
+        return replace(self, actions=self.actions.to(device), real=self.real.to(device), codes=self.codes.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +74,8 @@ class Acted:
         passes: forward passes that emitted the action (of backbone or expert), prefix excluded.
         codes: int64 [B, n] that were emitted, -1 behind a sequence's end; None from a head that emits none.
         text: what the policy said before it acted, B texts ("" where nothing).
-        seconds: wall-clock time by stage: "images", "prefix", "actions", "decode".
+        text_after: what it said behind the codes, likewise.
+        seconds: wall-clock time by stage: "images", "prefix", "actions", "decode", and "text_after" where words follow.
         clipped: int64 [B], values moved back inside the limits of the action space.
     """
 
@@ -88,6 +85,7 @@ class Acted:
     passes: int
     codes: Int[np.ndarray, "B n"] | None = None
     text: Sequence[str] = ()
+    text_after: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     clipped: Int[np.ndarray, "B"] | None = None
 
@@ -146,7 +144,7 @@ class Policy(nn.Module, ABC):
 
         Args:
             head: one of `heads`; None: the first.
-            generator: of the draws; None: torch's own.
+            generator: of the draws, on any device; None: torch's own.
             deadline_s: stop emitting codes at the first decodable prefix after that time (tokenizers with prefixes).
 
         Raises ConfigError for an unknown head, DataError for observations that are not what the policy was trained on.

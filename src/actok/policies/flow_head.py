@@ -87,7 +87,8 @@ class FlowHead(Head):
         """
         begin = time.perf_counter()
         shape = (len(seen), self.horizon, self.space.dim)
-        x = torch.randn(shape, generator=generator).to(seen.real.device)
+        device = "cpu" if generator is None else generator.device
+        x = torch.randn(shape, generator=generator, device=device).to(seen.real.device)
         for step in range(self.steps):
             x = x + self.velocity(seen, x, x.new_full((len(seen),), step / self.steps)) / self.steps
         integrated = time.perf_counter()

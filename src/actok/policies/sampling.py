@@ -80,7 +80,7 @@ def sample_block(
         config: None: FASTer's settings.
         constraint: `tokenizer.constraint(context)`; needed where the layout is not total.
         state: that of the block before; None where start is 0.
-        generator: on the logits' device.
+        generator: on any device; its draws are moved to the logits'.
 
     Raises ConfigError where an undecodable sequence could come out, or arguments do not belong together; TokenError for
     positions beyond the layout and logits that are not finite.
@@ -160,7 +160,8 @@ def _draw(
         # The largest of logits plus Gumbel noise is a draw from their softmax (Gumbel, 1954), and -inf stays -inf.
         # Subtracting the row's largest first keeps a small temperature from overflowing.
         scaled = (best - best[..., :1]) / config.temperature
-        noise = torch.empty_like(best).exponential_(generator=generator).log()
+        device = best.device if generator is None else generator.device
+        noise = torch.empty_like(best, device=device).exponential_(generator=generator).log().to(best.device)
         codes = where.gather(-1, (scaled - noise).argmax(-1, keepdim=True))[..., 0]
     return codes, scores.log_softmax(-1).gather(-1, codes[..., None])[..., 0]
 

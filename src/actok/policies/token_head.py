@@ -38,10 +38,10 @@ from actok.policies.vocab import VocabularyMap
 
 # Sequences of varying length are trained in plans whose length is a multiple of this, so that few of them are made.
 LENGTH_STEP = 8
-# The longest text, in tokens, that a policy says before it acts.
+# The longest text, in tokens, that a policy says before it acts, or after.
 MOST_TEXT = 64
 
-__all__ = ["TokenHead", "say", "text_losses"]
+__all__ = ["TokenHead", "read_on", "say", "text_losses"]
 
 
 class TokenHead(Head):
@@ -55,7 +55,6 @@ class TokenHead(Head):
         spacing: k of the positions' random spacing; even, 0: none.
         sampling: how codes are drawn.
         expert_width: of an action expert; 0: none.
-        speaks: whether text comes before the codes; then <BoBlk> is learned too.
     """
 
     def __init__(
@@ -249,11 +248,9 @@ def text_losses(
     """
     backbone = seen.backbone
     said = [[]] * len(seen) if texts is None else backbone.text_ids(texts)
-    read = [[]] * len(seen) if before is None else [list(ids) for ids in before]
     device = seen.real.device
-    if any(read):
-        ids, real = _padded(read, device)
-        _, seen = seen.read(ids, real)
+    if before is not None:
+        seen = read_on(seen, before)
     targets, _ = _padded([[*ids, stop] for ids in said], device, fill=-100)
     hidden = seen.last[:, None]
     if any(said):
@@ -264,16 +261,25 @@ def text_losses(
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), seen
 
 
-def say(seen: Seen, stop: int, limit: int = MOST_TEXT) -> tuple[list[str], Seen]:
+def read_on(seen: Seen, rows: Sequence[Sequence[int]]) -> Seen:
+    """What is seen after B sequences of ids, of whatever lengths, have been read."""
+    if not any(rows):
+        return seen
+    return seen.read(*_padded(rows, seen.real.device))[1]
+
+
+def say(seen: Seen, vocab: VocabularyMap, stop: int, limit: int = MOST_TEXT) -> tuple[list[str], Seen]:
     """The likeliest text, token by token, until `stop` or `limit` tokens, and what is seen then.
 
-    Only text can be said: no code, no control token but `stop`, no special token of the backbone.
+    Only text can be said: no code (of a "tail" they are ids of the text tokenizer too), no control token but `stop`, no
+    special token of the backbone.
     """
     backbone = seen.backbone
     allowed = torch.zeros(backbone.vocab_size, dtype=torch.bool, device=seen.real.device)
     allowed[: backbone.text_size] = True
     for value in backbone.special_ids.values():
         allowed[value] = False
+    allowed[slice(*vocab.span)] = False
     allowed[stop] = True
     said: list[list[int]] = [[] for _ in range(len(seen))]
     going = torch.ones(len(seen), dtype=torch.bool, device=seen.real.device)

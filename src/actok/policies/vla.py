@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,95 +21,17 @@ from actok.backbones.decoder import DecoderBackbone, Prefix
 from actok.core import ActionTokenizer, ConfigError, DataError, SpaceMismatchError, write_folder
 from actok.core.artifact import CONFIG_FILE, TENSOR_FILE, artifact_files
 from actok.policies.base import Acted, Policy, PolicyBatch, PolicyObservation
+from actok.policies.config import VLAConfig
 from actok.policies.flow_head import FlowHead
 from actok.policies.heads import Head, Seen
-from actok.policies.prompt import STATE_FORMS, StateRange, prompts
-from actok.policies.sampling import SamplingConfig
-from actok.policies.token_head import TokenHead, say, text_losses
+from actok.policies.prompt import StateRange, prompts
+from actok.policies.token_head import TokenHead, read_on, say, text_losses
 from actok.policies.vocab import VocabularyMap
 
 KIND, VERSION = "vla", 1
 TOKENIZER, BACKBONE = "tokenizer", "backbone"
 
 __all__ = ["VLA", "VLAConfig"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VLAConfig:
-    """What a policy is, beside its backbone and its tokenizer.
-
-    Attributes:
-        heads: "tokens", "flow" or both; the first is what `act` uses unless told otherwise.
-        block: codes of a pass; None: the tokenizer's own blocks.
-        spacing: k of the random spacing of code positions, even (FASTer: 2); 0: none.
-        state: how proprioception is read: "text" (whole numbers in the prompt, as in FASTer), "vector" (one embedding,
-            as in pi0) or "none".
-        state_bins: whole numbers of "text".
-        vocabulary: where codes live among the backbone's ids: "added" or "tail" (`VocabularyMap`).
-        reserved: ids left alone above a "tail".
-        token_expert: width of the action expert that emits codes; 0: the backbone emits them itself.
-        flow_expert: width of the flow-matching expert.
-        flow_steps: Euler steps when acting.
-        insulate: no gradient from the flow-matching expert into the backbone.
-        token_weight, flow_weight: of the losses.
-        speaks: the policy says the sub-task in words before it acts.
-        temperature, top_k: of sampled codes; 0: the likeliest, 0: all.
-    """
-
-    heads: tuple[str, ...] = ("tokens",)
-    block: int | None = None
-    spacing: int = 2
-    state: str = "text"
-    state_bins: int = 256
-    vocabulary: str = "added"
-    reserved: int = 0
-    token_expert: int = 0
-    flow_expert: int = 0
-    flow_steps: int = 10
-    insulate: bool = False
-    token_weight: float = 1.0
-    flow_weight: float = 1.0
-    speaks: bool = False
-    temperature: float = 0.8
-    top_k: int = 50
-
-    def __post_init__(self) -> None:
-        heads = (self.heads,) if isinstance(self.heads, str) else self.heads
-        if not heads or len(set(heads)) != len(heads) or not set(heads) <= {"tokens", "flow"}:
-            raise ConfigError(f"heads are {self.heads!r}; give tokens, flow or both, the default one first")
-        object.__setattr__(self, "heads", tuple(heads))
-        if self.state not in STATE_FORMS:
-            raise ConfigError(f"state is {self.state!r}; choose one of {', '.join(STATE_FORMS)}")
-        if self.vocabulary not in ("added", "tail"):
-            raise ConfigError(f"vocabulary is {self.vocabulary!r}; choose added or tail")
-        for name, least in (
-            ("state_bins", 2),
-            ("reserved", 0),
-            ("token_expert", 0),
-            ("flow_expert", 0),
-            ("flow_steps", 1),
-            ("top_k", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
-        if "flow" in heads and not self.flow_expert:
-            raise ConfigError("the flow head has no expert; give flow_expert, its width (e.g. half of the backbone's)")
-        for name in ("token_weight", "flow_weight"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} is {value!r}; give a number of at least 0")
-        for name in ("insulate", "speaks"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
-        if self.speaks and "tokens" not in heads:
-            raise ConfigError("speaks needs the head tokens, which says when words end; add it, or leave speaks out")
-        SamplingConfig(temperature=self.temperature, top_k=self.top_k or None)
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        """How codes are drawn."""
-        return SamplingConfig(temperature=self.temperature, top_k=self.top_k or None)
 
 
 class VLA(Policy):
@@ -275,13 +197,15 @@ class VLA(Policy):
             real=prefix.real,
             last=hidden[rows, prefix.last()],
             next_position=prefix.next_position,
-            anchor=observation.proprio,
+            anchor=None if self.state is None else observation.proprio,  # as the codes of the training were made
         )
 
     # -- training -------------------------------------------------------------------------------------------------
 
     def losses(self, batch: PolicyBatch) -> dict[str, Tensor]:
-        """Weighted: "tokens" and "flow" by head, "text" where the policy speaks (the words, and <BoBlk> after them)."""
+        """Weighted: "tokens" and "flow" by head; "text" where the policy speaks (the words, and <BoBlk> after them),
+        "text_after" where it concludes (the words behind codes and <EoBlk>, and the end).
+        """
         seen = self._see(self._look(batch.observation), batch.observation)
         found: dict[str, Tensor] = {}
         if self.config.speaks:
@@ -291,7 +215,19 @@ class VLA(Policy):
             weight = self.config.flow_weight if name == "flow" else self.config.token_weight
             read = seen.detach() if name == "flow" and self.config.insulate else seen
             found |= {key: weight * value for key, value in head.losses(read, batch).items()}
+        if self.config.concludes:
+            codes = self._codes_in_text(batch.codes.cpu().numpy())
+            found["text_after"], _ = text_losses(seen, batch.after, self.vocab.end, before=codes)
         return found
+
+    def _codes_in_text(self, codes: np.ndarray) -> list[list[int]]:
+        """Codes [B, n] (-1 behind the end) as the backbone reads them within a text: its ids, and <EoBlk>.
+
+        They stand behind the prompt as any token does, one after the other and each seeing those before, whoever emitted
+        them in whatever blocks.
+        """
+        layout = self.tokenizer.layout_for(self.horizon, self.embodiment)
+        return [[*self.vocab.to_lm(row[row >= 0], layout).tolist(), self.vocab.eoblk] for row in codes]
 
     def report(self) -> dict[str, float]:
         """What the heads noted in the last `losses` outside training: accuracy of the codes, by level too."""
@@ -313,7 +249,10 @@ class VLA(Policy):
         generator: torch.Generator | None = None,
         deadline_s: float | None = None,
     ) -> Acted:
-        """See Policy.act. The head that is not asked for does not run."""
+        """See Policy.act. The head that is not asked for does not run.
+
+        Words after the codes are said before this returns, so with a deadline, and by a head without codes, none are.
+        """
         name = head or self.heads[0]
         if name not in self.parts:
             raise ConfigError(f"the policy has no head {name!r}; it has {', '.join(self.heads)}")
@@ -327,11 +266,16 @@ class VLA(Policy):
             seen = self._see(prefix, observation)
             texts = [""] * len(observation)
             if self.config.speaks:
-                texts, seen = say(seen, self.vocab.boblk)
+                texts, seen = say(seen, self.vocab, self.vocab.boblk)
             read = time.perf_counter()
             part = self.parts[name]
             assert isinstance(part, Head)
             found = part.act(seen, generator=generator, deadline=deadline)
+            acted = time.perf_counter()
+            after, seconds = [""] * len(observation), dict(found.seconds)
+            if self.config.concludes and found.codes is not None and deadline is None:
+                after, _ = say(read_on(seen, self._codes_in_text(found.codes)), self.vocab, self.vocab.end)
+                seconds["text_after"] = time.perf_counter() - acted
         finally:
             self.train(was)
         return Acted(
@@ -341,7 +285,8 @@ class VLA(Policy):
             passes=found.passes,
             codes=found.codes,
             text=texts,
-            seconds={"images": looked - begin, "prefix": read - looked, **found.seconds},
+            text_after=after,
+            seconds={"images": looked - begin, "prefix": read - looked, **seconds},
             clipped=found.clipped,
         )
 

@@ -70,7 +70,7 @@ def train_policy(
         tokenizer: fitted, or the folder or Hub id of a saved one; it becomes part of the policy as it is.
         preset: a policy of `actok list policies`.
         horizon: T of the chunks; None: the tokenizer's.
-        views: cameras to look through; (): the policy reads the state only.
+        views: cameras to look through, by name or by the last part of it; (): the policy reads the state only.
         space: action space, where the data do not tell.
         seed: of the split. (Initial weights and batches have theirs in `training`.)
         settings: fields of `actok.policies.vla.VLAConfig` over the preset's; "backbone" is a table of the small backbone's
@@ -102,6 +102,8 @@ def train_policy(
         seed=seed,
         space=space,
         text="subtask" if config.speaks else "none",
+        after="subtask" if config.concludes else "none",
+        anchored=config.state != "none",
         progress=progress,
     )
     with torch.random.fork_rng(devices=[]):
@@ -223,7 +225,8 @@ def _backbone(
         return TinyVLM.create(sizes, [*texts, *samples.said], samples.views)
     from actok.backbones.policy_models import load_backbone
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Each process of several loads it to its own GPU.
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     return load_backbone(table["model"], device=device, dtype=torch.float32)
 
 
@@ -232,9 +235,8 @@ def _passes(policy: VLA, lengths: np.ndarray) -> float | None:
     head = dict(policy.parts.items()).get("tokens")
     if not isinstance(head, TokenHead):
         return None
-    # A sequence of varying length is over with the pass that emits its end.
-    needed = np.minimum(lengths + head.plan.variable, head.plan.tokens)
-    return float(np.searchsorted(head.plan.edges, needed, side="left").mean())
+    # The constraint knows when a sequence of varying length is complete: no pass emits an end.
+    return float(np.searchsorted(head.plan.edges, lengths, side="left").mean())
 
 
 def _short_hash(statistics: Any) -> str | None:

@@ -40,6 +40,7 @@ class _Part:
         offsets: int64 [M + 1] of the chunks in `codes`.
         instructions: int32 [M] index into `names`.
         texts: int32 [M] index into `said`, -1: nothing; None: no text is trained.
+        after: the same of the text behind the codes.
         names, said: texts.
         images: of the dataset, by view.
     """
@@ -50,6 +51,7 @@ class _Part:
     instructions: np.ndarray
     names: tuple[str, ...]
     texts: np.ndarray | None
+    after: np.ndarray | None
     said: tuple[str, ...]
     images: Images
 
@@ -116,6 +118,7 @@ class PolicySamples:
             real=torch.from_numpy(joined("real")),
             codes=torch.from_numpy(joined("codes")),
             text=joined("text"),
+            after=joined("after"),
         )
 
     def _longest(self, owner: np.ndarray, index: np.ndarray) -> int:
@@ -133,16 +136,18 @@ class PolicySamples:
         inside = columns < part.offsets[rows + 1][:, None]
         codes = np.where(inside, part.codes[np.where(inside, columns, 0)], -1).astype(np.int64)
         frames = part.chunks.cache.offsets[batch.episode] + batch.start
-        text = None
-        if part.texts is not None:
-            text = ["" if i < 0 else part.said[i] for i in part.texts[rows]]
+
+        def said(ids: np.ndarray | None) -> list[str] | None:
+            return None if ids is None else ["" if i < 0 else part.said[i] for i in ids[rows]]
+
         return {
             "actions": np.asarray(self._tokenizer.normalise(batch.actions, self._context), np.float32),
             "real": ~batch.pad_mask,
             "codes": codes,
             "proprio": batch.anchor,
             "instruction": [part.names[i] for i in part.instructions[rows]],
-            "text": text,
+            "text": said(part.texts),
+            "after": said(part.after),
             "images": part.images.at(frames),
         }
 
@@ -161,7 +166,7 @@ class PolicyData:
         proprio_statistics: of the training episodes, each [P]; None where the data have no state.
         task_steps: task -> mean length of its training demonstrations in steps.
         instructions: all distinct ones of the training episodes, in the order of their first frames.
-        said: all distinct sub-task texts, likewise; empty with text="none".
+        said: all distinct sub-task texts, likewise; empty without `text` and `after`.
         origin: JSON values for the policy's meta, one a dataset.
     """
 
@@ -206,6 +211,8 @@ class PolicyData:
         seed: int = 0,
         space: str | Path | ActionSpace | None = None,
         text: Literal["none", "subtask"] = "none",
+        after: Literal["none", "subtask"] = "none",
+        anchored: bool = True,
         progress: bool = True,
     ) -> Self:
         """Open, split as `fit` does with the same seed, encode every chunk of training and validation episodes once.
@@ -217,10 +224,14 @@ class PolicyData:
             data: what `open_dataset` takes, or a list of such, all of one robot.
             tokenizer: fitted.
             horizon: T; None: the tokenizer's.
-            views: cameras to look through; (): none, and no image is read.
+            views: cameras to look through, as the data name them or by the last part of the name ("corner2" of
+                "observation.images.corner2"); (): none, and no image is read.
             seed: of the split.
             space: action space, where the data do not tell.
             text: "subtask": samples carry the sub-task in force, for a policy that says it before it acts.
+            after: "subtask": and that in force when the chunk is over, for one that says it behind the codes.
+            anchored: the tokenizer is given the state at each chunk's start; False: it is not, for a policy that reads
+                no state and so has none to decode with.
             progress: tell on stderr.
 
         Raises:
@@ -228,11 +239,9 @@ class PolicyData:
             views, a view that is not there, images larger than the memory for them, frames without any text.
             ConfigError: the tokenizer has no layout at that horizon, or an option that does not exist.
         """
-        if text not in TEXTS:
-            raise ConfigError(f"text is {text!r}; choose one of {', '.join(TEXTS)}")
-        views = tuple(views)
-        if len(set(views)) < len(views):
-            raise ConfigError(f"views are {', '.join(views)}; name each once")
+        for name, value in (("text", text), ("after", after)):
+            if value not in TEXTS:
+                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(TEXTS)}")
         datasets = open_sources(data, space)
         caches = [FrameCache.build(dataset) for dataset in datasets]
         splits = [split_dataset(dataset, fractions=FRACTIONS, seed=seed) for dataset in datasets]
@@ -247,13 +256,14 @@ class PolicyData:
         images = read_images(
             datasets, [np.concatenate([s.train, s.validation]) for s in splits], views, progress=progress
         )
+        views = tuple(images[0].pixels)
 
         parts: dict[str, list[_Part]] = {"train": [], "validation": []}
         lengths: dict[str, list[int]] = {}
         instructions: dict[str, None] = {}
         said: dict[str, None] = {}
         origin = []
-        encoder = _Encoder(tokenizer, embodiment, progress)
+        encoder = _Encoder(tokenizer, embodiment, anchored, progress)
         for dataset, cache, split, pictures in zip(datasets, caches, splits, images, strict=True):
             labels = chunk_labels(dataset)
             if (mute := np.flatnonzero(labels.instruction.ids < 0)).size:
@@ -262,8 +272,10 @@ class PolicyData:
                     f"episode {episode} of {dataset.name!r} has neither instruction nor task, so a policy would not know"
                     " what is wanted; name the task in the data"
                 )
-            if text == "subtask" and (labels.subtask.ids < 0).all():
-                raise DataError(f"dataset {dataset.name!r} names no sub-tasks; leave text=subtask out")
+            if "subtask" in (text, after) and (labels.subtask.ids < 0).all():
+                raise DataError(
+                    f"dataset {dataset.name!r} names no sub-tasks, so there is nothing to say; leave it out"
+                )
             counts = {}
             for which, episodes in (("train", split.train), ("validation", split.validation)):
                 if not len(episodes):
@@ -271,6 +283,7 @@ class PolicyData:
                 chunks = Chunks(cache, steps, episodes)
                 codes, offsets, counts[which] = encoder.encode(chunks, f"{dataset.name} ({which})")
                 starts = np.concatenate([np.arange(cache.offsets[e], cache.offsets[e + 1]) for e in episodes])
+                over = np.minimum(starts + steps, np.repeat(cache.offsets[episodes + 1] - 1, cache.lengths[episodes]))
                 parts[which].append(
                     _Part(
                         chunks=chunks,
@@ -279,6 +292,7 @@ class PolicyData:
                         instructions=labels.instruction.ids[starts],
                         names=labels.instruction.names,
                         texts=labels.subtask.ids[starts] if text == "subtask" else None,
+                        after=labels.subtask.ids[over] if after == "subtask" else None,
                         said=labels.subtask.names,
                         images=pictures,
                     )
@@ -289,8 +303,8 @@ class PolicyData:
                 lengths.setdefault(task, []).append(int(cache.lengths[e]))
             rows = parts["train"][-1]
             instructions |= dict.fromkeys(rows.names[i] for i in _in_order(rows.instructions))
-            if rows.texts is not None:
-                said |= dict.fromkeys(rows.said[i] for i in _in_order(rows.texts) if i >= 0)
+            for ids in (rows.texts, rows.after):
+                said |= dict.fromkeys(rows.said[i] for i in (() if ids is None else _in_order(ids)) if i >= 0)
             origin.append(
                 {
                     "name": dataset.name,
@@ -327,8 +341,8 @@ def open_sources(data: Any, space: str | Path | ActionSpace | None = None) -> li
 class _Encoder:
     """Encodes chunks with a tokenizer, for one embodiment."""
 
-    def __init__(self, tokenizer: ActionTokenizer, embodiment: str, progress: bool) -> None:
-        self.tokenizer, self.embodiment, self.progress = tokenizer, embodiment, progress
+    def __init__(self, tokenizer: ActionTokenizer, embodiment: str, anchored: bool, progress: bool) -> None:
+        self.tokenizer, self.embodiment, self.anchored, self.progress = tokenizer, embodiment, anchored, progress
 
     def encode(self, chunks: Chunks, name: str) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """Codes int32 of all chunks, their offsets int64 [M + 1], and how many values were out of range or saturated."""
@@ -339,7 +353,10 @@ class _Encoder:
         for first in tqdm(starts, desc=title, unit="batch", file=sys.stderr, delay=2, disable=not self.progress):
             batch = chunks.batch(np.arange(first, min(first + CHUNKS_AT_A_TIME, len(chunks))))
             context = ChunkContext(
-                horizon=chunks.horizon, embodiment=self.embodiment, anchor=batch.anchor, pad_mask=batch.pad_mask
+                horizon=chunks.horizon,
+                embodiment=self.embodiment,
+                anchor=batch.anchor if self.anchored else None,
+                pad_mask=batch.pad_mask,
             )
             tokens = self.tokenizer.encode(batch.actions, context)
             flat.append(to_numpy(tokens.flat).astype(np.int32))

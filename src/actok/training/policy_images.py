@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from actok.core import DataError
+from actok.core import ConfigError, DataError
 from actok.data.episodes import Episode, EpisodeDataset
 
 # All images of a run together, in bytes.
@@ -46,12 +46,19 @@ def read_images(
 ) -> list[Images]:
     """The images of these episodes of each dataset; nothing is read where no view is named.
 
-    Raises DataError for a view that is not there (naming those that are), for views whose size differs between episodes,
+    A view is called as in the first dataset, or by the last part of that name where only one view ends so: "corner2" is
+    "observation.images.corner2". The images have the dataset's own names.
+
+    Raises ConfigError for a view that is named twice. DataError for a view that is not there (naming those that are), for views whose size differs between episodes,
     and where all images together would take more than MOST_BYTES.
     """
     if not views:
         return [Images(pixels={}, rows=np.zeros(0, np.int64)) for _ in datasets]
-    sizes = [_sizes(d.episode(int(e[0]), images=True), d, views) for d, e in zip(datasets, episodes, strict=True)]
+    first = [d.episode(int(e[0]), images=True) for d, e in zip(datasets, episodes, strict=True)]
+    views = [_own_name(view, list(first[0].images)) for view in views]
+    if len(set(views)) < len(views):
+        raise ConfigError(f"views are {', '.join(views)}; name each once")
+    sizes = [_sizes(episode, d, views) for d, episode in zip(datasets, first, strict=True)]
     for dataset, found in zip(datasets[1:], sizes[1:], strict=True):
         for view in views:
             if found[view] != sizes[0][view]:
@@ -105,6 +112,12 @@ def _read(
         at += steps
         bar.update()
     return Images(pixels=pixels, rows=rows)
+
+
+def _own_name(view: str, names: Sequence[str]) -> str:
+    """What the dataset calls a view; a name that it does not have, or that several views end in, stays as it is."""
+    ending = [name for name in names if name.rpartition(".")[2] == view]
+    return ending[0] if view not in names and len(ending) == 1 else view
 
 
 def _sizes(episode: Episode, dataset: EpisodeDataset, views: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,92 @@
+"""What a policy is, beside its backbone and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actok.core import ConfigError
+from actok.policies.prompt import STATE_FORMS
+from actok.policies.sampling import SamplingConfig
+
+__all__ = ["VLAConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLAConfig:
+    """What a policy is, beside its backbone and its tokenizer.
+
+    Attributes:
+        heads: "tokens", "flow" or both; the first is what `act` uses unless told otherwise.
+        block: codes of a pass; None: the tokenizer's own blocks.
+        spacing: k of the random spacing of code positions, even (FASTer: 2); 0: none.
+        state: how proprioception is read: "text" (whole numbers in the prompt, as in FASTer), "vector" (one embedding,
+            as in pi0) or "none".
+        state_bins: whole numbers of "text".
+        vocabulary: where codes live among the backbone's ids: "added" or "tail" (`VocabularyMap`).
+        reserved: ids left alone above a "tail".
+        token_expert: width of the action expert that emits codes; 0: the backbone emits them itself.
+        flow_expert: width of the flow-matching expert.
+        flow_steps: Euler steps when acting.
+        insulate: no gradient from the flow-matching expert into the backbone.
+        token_weight, flow_weight: of the losses.
+        speaks: the policy says the sub-task in words before it acts.
+        concludes: the policy says in words, behind the codes that it emitted, what comes after them.
+        temperature, top_k: of sampled codes; 0: the likeliest, 0: all.
+    """
+
+    heads: tuple[str, ...] = ("tokens",)
+    block: int | None = None
+    spacing: int = 2
+    state: str = "text"
+    state_bins: int = 256
+    vocabulary: str = "added"
+    reserved: int = 0
+    token_expert: int = 0
+    flow_expert: int = 0
+    flow_steps: int = 10
+    insulate: bool = False
+    token_weight: float = 1.0
+    flow_weight: float = 1.0
+    speaks: bool = False
+    concludes: bool = False
+    temperature: float = 0.8
+    top_k: int = 50
+
+    def __post_init__(self) -> None:
+        heads = (self.heads,) if isinstance(self.heads, str) else self.heads
+        if not heads or len(set(heads)) != len(heads) or not set(heads) <= {"tokens", "flow"}:
+            raise ConfigError(f"heads are {self.heads!r}; give tokens, flow or both, the default one first")
+        object.__setattr__(self, "heads", tuple(heads))
+        if self.state not in STATE_FORMS:
+            raise ConfigError(f"state is {self.state!r}; choose one of {', '.join(STATE_FORMS)}")
+        if self.vocabulary not in ("added", "tail"):
+            raise ConfigError(f"vocabulary is {self.vocabulary!r}; choose added or tail")
+        for name, least in (
+            ("state_bins", 2),
+            ("reserved", 0),
+            ("token_expert", 0),
+            ("flow_expert", 0),
+            ("flow_steps", 1),
+            ("top_k", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
+        if "flow" in heads and not self.flow_expert:
+            raise ConfigError("the flow head has no expert; give flow_expert, its width (e.g. half of the backbone's)")
+        for name in ("token_weight", "flow_weight"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} is {value!r}; give a number of at least 0")
+        for name in ("insulate", "speaks", "concludes"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
+        for name, reason in (("speaks", "which says when words end"), ("concludes", "whose codes the words follow")):
+            if getattr(self, name) and "tokens" not in heads:
+                raise ConfigError(f"{name} needs the head tokens, {reason}; add it, or leave {name} out")
+        SamplingConfig(temperature=self.temperature, top_k=self.top_k or None)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How codes are drawn."""
+        return SamplingConfig(temperature=self.temperature, top_k=self.top_k or None)
