@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from actok.policies.presets import find_policy_preset
 from results.policies import EXECUTE, HORIZON, LIMIT, MAIN, POLICY_STEPS, PRESET, SEEDS
 from results.policies_tables import exceeding
 
 COMMAND = "make results ONLY=policies TEACHER=..."
 NOTHING = "Nothing is measured yet."
+# How `VLAConfig.state` is said.
+STATE = {"text": "as text", "vector": "as a vector", "none": "not at all"}
 
 __all__ = [
     "COMMAND",
@@ -82,7 +85,7 @@ def recipe(steps: int, demonstrations: int) -> str:
     """How every policy is trained and rolled out."""
     return (
         f"Every policy is `{PRESET}`, {steps} steps on {demonstrations} scripted demonstrations of each task; it"
-        f" reads the instruction and the state (robot, objects and goal) as text, no images, and gives chunks of {HORIZON} steps,"
+        f" reads the instruction and the state (robot, objects and goal) {STATE[find_policy_preset(PRESET).policy['state']]}, no images, and gives chunks of {HORIZON} steps,"
         f" of which {EXECUTE} are executed. An episode ends at success or at {LIMIT:g} times the mean length of the"
         " demonstrations. Policies of a seed differ in their tokenizer alone and meet the same start states, none of which is a"
         " demonstration's. success: all seeds together, 95 % interval of Wilson in brackets."
