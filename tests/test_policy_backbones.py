@@ -13,7 +13,7 @@ from actok.backbones.policy_backbone import DeepPrefix
 from actok.backbones.policy_models import backbone_from_spec, load_backbone
 from actok.backbones.prompts import fill_prompts
 from actok.core.errors import ConfigError, DataError
-from test_teachers import CLIP_STYLE, QWEN_SPECIAL, QWEN_TEXT, save, save_tokenizer
+from model_folders import CLIP_STYLE, QWEN_SPECIAL, QWEN_TEXT, save, save_tokenizer
 
 TEXTS = ["open the drawer", "pick up the red block and place it on the left shelf", "close it"]
 ROWS, LAYERS = 41, 3

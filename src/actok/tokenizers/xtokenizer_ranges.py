@@ -158,8 +158,10 @@ def measure(
         found[name] = Shared(union=union, ranges=Normaliser.make(KIND, values.result()), mean=mean, std=std)
         statistics = embodiment.normaliser.statistics
         if union.needs_anchor and statistics is not None:
-            for part in own:  # what is typical: a single frame may be broken
-                found[name].check_anchor(np.median(part.anchor, axis=0, keepdims=True), statistics)
+            for known in (
+                p.anchor for p in own if p.anchor is not None
+            ):  # what is typical: a single frame may be broken
+                found[name].check_anchor(np.median(known, axis=0, keepdims=True), statistics)
     return found
 
 
