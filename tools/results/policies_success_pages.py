@@ -83,6 +83,7 @@ def seed_cells(row: Mapping[str, Any]) -> list[str]:
 
 def recipe(steps: int, demonstrations: int) -> str:
     """How every policy is trained and rolled out."""
+    state = STATE[find_policy_preset(PRESET).policy["state"]]
     return (
         f"Every policy is `{PRESET}`, {steps} steps on {demonstrations} scripted demonstrations of each task; it"
         f" reads the instruction and the state (robot, objects and goal) {STATE[find_policy_preset(PRESET).policy['state']]}, no images, and gives chunks of {HORIZON} steps,"
