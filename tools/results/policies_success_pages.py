@@ -86,7 +86,7 @@ def recipe(steps: int, demonstrations: int) -> str:
     state = STATE[find_policy_preset(PRESET).policy["state"]]
     return (
         f"Every policy is `{PRESET}`, {steps} steps on {demonstrations} scripted demonstrations of each task; it"
-        f" reads the instruction and the state (robot, objects and goal) {STATE[find_policy_preset(PRESET).policy['state']]}, no images, and gives chunks of {HORIZON} steps,"
+        f" reads the instruction and the state (robot, objects and goal) {state}, no images, and gives chunks of {HORIZON} steps,"
         f" of which {EXECUTE} are executed. An episode ends at success or at {LIMIT:g} times the mean length of the"
         " demonstrations. Policies of a seed differ in their tokenizer alone and meet the same start states, none of which is a"
         " demonstration's. success: all seeds together, 95 % interval of Wilson in brackets."
