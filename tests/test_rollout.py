@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class Scripted(Policy):
         self.meta = {"task_steps": {"near": 11.0, "far": 38.0}}
         self.weight = nn.Parameter(torch.zeros(3))
         self.batches: list[int] = []
+        self.deadlines: set[float | None] = set()
 
     def losses(self, batch: PolicyBatch) -> Mapping[str, Tensor]:
         raise NotImplementedError
@@ -51,6 +53,7 @@ class Scripted(Policy):
     def act(self, observation, *, head=None, generator=None, deadline_s=None) -> Acted:
         assert not self.training
         self.batches.append(len(observation))
+        self.deadlines.add(deadline_s)
         expert, chunks, near = Straight(), [], []
         for row in np.float64(observation.proprio):
             state, chunk = row[:4].copy(), []
@@ -241,6 +244,38 @@ def test_start_states_are_not_those_of_recorded_demonstrations() -> None:
         assert not np.array_equal(env.reset("near", seed=start_seed(0, "near", number)).proprio[:2], np.float32(shown))
 
 
+class Listed(PointMass):
+    """A point mass whose start states are a list of four."""
+
+    starts = 4
+
+    def reset(self, task: str, *, seed: int) -> Observation:
+        return super().reset(task, seed=seed % 4)
+
+
+def test_listed_start_states_all_come_before_one_comes_twice() -> None:
+    for seed in range(5):
+        result = rollout(Listed(), Scripted(), ["near"], 4, seed=seed, workers=1, progress=False)
+        assert {e["seed"] % 4 for e in result["episodes"]} == set(range(4))
+    with pytest.warns(UserWarning, match="4 start states, so 5 episodes repeat some"):
+        rollout(Listed(), Scripted(), ["near"], 5, workers=1, progress=False)
+
+
+def test_a_deadline_reaches_the_policy_and_is_refused_where_no_prefix_decodes(monkeypatch) -> None:
+    policy = Scripted()
+    assert tried(policy)["deadline_ms"] is None
+    assert policy.deadlines == {None}
+    with pytest.raises(ConfigError, match="tokens of 'bins' have no action before the last pass"):
+        tried(policy, deadline_ms=30.0)
+    layout = replace(policy.tokenizer.layout_for(HORIZON), prefixes=(3,))
+    monkeypatch.setattr(policy.tokenizer, "layout_for", lambda *_: layout)
+    policy.deadlines.clear()
+    assert tried(policy, deadline_ms=30.0)["deadline_ms"] == 30.0
+    assert policy.deadlines == {0.03}
+    with pytest.raises(ConfigError, match=r"deadline_ms is 0\.0"):
+        tried(policy, deadline_ms=0.0)
+
+
 def test_fewer_steps_of_each_chunk_mean_more_calls() -> None:
     whole, part = tried(Scripted(), ("far",)), tried(Scripted(), ("far",), execute=2)
     assert part["execute"] == 2
@@ -351,8 +386,6 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> 
 
 
 def test_a_policy_of_another_robot_is_refused() -> None:
-    from dataclasses import replace
-
     groups = (replace(SPACE.groups[0], unit="rad", kind="joint", mode="absolute", scale=None), SPACE.groups[1])
     with pytest.raises(SpaceMismatchError, match="position kind: joint against position"):
         tried(Scripted(replace(SPACE, groups=groups)))
@@ -362,6 +395,22 @@ def test_a_policy_of_another_robot_is_refused() -> None:
         tried(Scripted(proprio=4))
     with pytest.raises(SpaceMismatchError, match=r"looks through top, left.*shows no images.*missing: top, left"):
         tried(Scripted(views=("top", "left")))
+
+
+def test_a_policy_of_poses_is_not_let_loose_on_joints() -> None:
+    joints = (
+        replace(SPACE.groups[0], unit="rad", kind="joint", mode="absolute", scale=1.0, name="arm"),
+        SPACE.groups[1],
+    )
+    poses = (replace(SPACE.groups[0], name="arm_position", mode="absolute"), SPACE.groups[1])
+
+    class Joints(PointMass):
+        space = replace(SPACE, groups=joints)
+
+    with pytest.raises(
+        SpaceMismatchError, match=r"a kinematic model made of the joints of arm; .* does not turn poses"
+    ):
+        rollout(Joints(), Scripted(replace(SPACE, groups=poses)), ["near"], 1, workers=1, progress=False)
 
 
 # -- Meta-World, and pictures -----------------------------------------------------------------------------------------
@@ -495,6 +544,7 @@ def test_the_verb_writes_result_and_page_and_prints_the_table(saved: str, tmp_pa
         ("metaworld-state/rech-v3", "did you mean 'reach-v3'"),
         ("metaworld-state/", "give NAME, NAME/all or NAME/TASK,TASK"),
         ("metaworld", "a state of 21 numbers, environment 'metaworld' gives 26"),
+        ("metaworld/reach-v3", "training data came from ('metaworld-state' gives 21)"),
         ("metawrld", "no environment is called 'metawrld'"),
     ],
 )

@@ -201,7 +201,9 @@ def _how(result: Mapping[str, Any]) -> str:
         if result["ensemble"] is not None
         else f"{result['execute']} of {result['policy']['horizon']} steps of each chunk executed"
     )
-    return f"head {result['head']}, {steps}, seed {result['seed']}"
+    deadline = result.get("deadline_ms")
+    late = "" if deadline is None else f"a call's codes end after {deadline:g} ms, "
+    return f"head {result['head']}, {steps}, {late}seed {result['seed']}"
 
 
 def _sentences(result: Mapping[str, Any]) -> list[str]:

@@ -176,6 +176,12 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument(
         "--limit", type=float, default=1.5, metavar="X", help="steps, in lengths of a demonstration (default: 1.5)"
     )
+    v.add_argument(
+        "--deadline",
+        type=float,
+        metavar="MS",
+        help="of a call: emit codes until the first prefix that decodes after it (tokenizers with prefixes, e.g. oat)",
+    )
     v.add_argument("--images", type=int, metavar="PIXELS", help="side of the policy's views (default: as in training)")
     v.add_argument("--batch", type=int, default=16, metavar="N", help="episodes at a time (default: 16)")
     v.add_argument("--device", default="cpu", help="where the policy runs, as torch names it (default: cpu)")

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
         execute=args.execute,
         ensemble=args.ensemble,
         limit=args.limit,
+        deadline_ms=args.deadline,
         image_size=args.images,
         batch=args.batch,
         device=args.device,

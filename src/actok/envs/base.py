@@ -85,12 +85,15 @@ class Env(ABC):
         name: as given to `make_env`.
         max_steps: how many steps the benchmark allows an episode.
         proprio_size: how many numbers the proprioception has; None where only the first observation tells.
+        starts: how many start states a task has where they are a list, seed s being number s modulo their count; None
+            where seeds draw them.
         default_views: the views that recording takes unless others are asked for; empty where there are no cameras.
     """
 
     name: str
     max_steps: int
     proprio_size: int | None = None
+    starts: int | None = None
     default_views: tuple[str, ...] = ()
 
     @property

@@ -70,6 +70,7 @@ class LiberoEnv(Env):
     name = "libero"
     max_steps = 600
     proprio_size: int | None = 9
+    starts: int | None = 50
     default_views = ("agentview", "robot0_eye_in_hand")
 
     def __init__(

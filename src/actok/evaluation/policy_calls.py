@@ -24,9 +24,9 @@ class PolicyCalls:
     The draws of call n come from a generator seeded by (seed, n), so a sequence of calls repeats exactly.
     """
 
-    def __init__(self, policy: Policy, head: str, seed: int) -> None:
+    def __init__(self, policy: Policy, head: str, seed: int, deadline_s: float | None = None) -> None:
         self.policy, self.seconds = policy, 0.0
-        self._head, self._seed = head, seed
+        self._head, self._seed, self._deadline_s = head, seed, deadline_s
         first = next(policy.parameters(), None)
         self._device = torch.device("cpu") if first is None else first.device
         self._sizes: list[int] = []
@@ -90,7 +90,7 @@ class PolicyCalls:
         try:
             begin = time.perf_counter()
             with torch.no_grad():
-                acted = self.policy.act(observation, head=self._head, generator=generator)
+                acted = self.policy.act(observation, head=self._head, generator=generator, deadline_s=self._deadline_s)
             total = time.perf_counter() - begin
         finally:
             self.policy.train(training)

@@ -327,7 +327,7 @@ def _simulate(env: Env, job: _Run) -> _Outcome:
             env.restore(job.task, start_state)
             solved = False
             for action in actions:
-                env.step(action)
+                env.advance(action)
                 if env.success:
                     solved = True
                     break

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from actok.core import ActokError, ConfigError, SpaceMismatchError
-from actok.envs import Env, Observation
+from actok.envs import Env, Observation, env_class, list_envs
 from actok.evaluation.intervals import success_rates
 from actok.evaluation.policy_calls import PolicyCalls, policy_facts
 from actok.evaluation.trials import Decider, Trial, run_trials
@@ -53,6 +53,7 @@ class _Settings:
     limit: float | None
     batch: int
     record: int
+    deadline_ms: float | None
 
     def __post_init__(self) -> None:
         for name, least in (("episodes", 1), ("seed", 0), ("execute", 1), ("batch", 1), ("record", 0)):
@@ -61,6 +62,8 @@ class _Settings:
                 raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
         if self.ensemble is not None and not 0 <= self.ensemble < math.inf:
             raise ConfigError(f"ensemble is {self.ensemble!r}; give a weight of at least 0 (ACT: 0.01), or none")
+        if self.deadline_ms is not None and not 0 < self.deadline_ms < math.inf:
+            raise ConfigError(f"deadline_ms is {self.deadline_ms!r}; give milliseconds above 0, or none")
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise ConfigError(
                 f"limit is {self.limit!r}; give a factor above 0, or None for the environment's own limit"
@@ -78,6 +81,7 @@ def rollout(
     execute: int | None = None,
     ensemble: float | None = None,
     limit: float | None = 1.5,
+    deadline_ms: float | None = None,
     batch: int = 16,
     workers: int = 2,
     record: int = 0,
@@ -99,6 +103,8 @@ def rollout(
             number is averaged by itself, rotations too.
         limit: an episode ends after this many times the mean length of the task's training demonstrations
             (policy.meta["task_steps"]), at most env.max_steps; env.max_steps where that is unknown or limit is None.
+        deadline_ms: of a call, which then emits codes until the first prefix that decodes after that time (tokenizers with
+            prefixes, e.g. oat). What comes out depends on the machine and does not repeat.
         batch: live episodes, and so observations of a policy call.
         workers: processes; in a script, more than one, or `record`, needs the guard `if __name__ == "__main__":`.
         record: episodes of which to write pictures into `out`, successes and failures in turn.
@@ -118,15 +124,23 @@ def rollout(
         limit=limit,
         batch=batch,
         record=record,
+        deadline_ms=deadline_ms,
     )
     check_environment(policy, env)
+    _check_deadline(policy, chosen)
+    if env.starts is not None and episodes > env.starts:
+        warnings.warn(
+            f"a task of environment {env.name!r} has {env.starts} start states, so {episodes} episodes repeat some; the"
+            " confidence interval takes them for independent",
+            stacklevel=2,
+        )
     if record:
         from actok.evaluation.filming import check_filming
 
         check_filming(env, out)
     trials = [
         Trial(
-            start=Start(task=task, seed=start_seed(seed, task, number)),
+            start=Start(task=task, seed=_start_seed(env, seed, task, number)),
             number=number,
             limit=_step_limit(env, policy, task, limit),
             instruction=env.instruction(task),
@@ -134,7 +148,7 @@ def rollout(
         for task in names
         for number in range(episodes)
     ]
-    calls = PolicyCalls(policy, chosen.head, seed)
+    calls = PolicyCalls(policy, chosen.head, seed, None if deadline_ms is None else deadline_ms / 1e3)
     begin = time.perf_counter()
     with VectorEnv(env, min(batch, len(trials)), workers) as vector, _bar(len(trials), progress) as bar:
         run_trials(vector, trials, _Acting(calls, chosen), lambda _: bar.update())
@@ -147,6 +161,7 @@ def rollout(
         "execute": chosen.execute,
         "ensemble": ensemble,
         "limit": limit,
+        "deadline_ms": deadline_ms,
         "batch": batch,
         **_outcome(trials),
         **calls.counts(),
@@ -171,6 +186,11 @@ def start_seed(seed: int, task: str, number: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
+def _start_seed(env: Env, seed: int, task: str, number: int) -> int:
+    """As `start_seed`; where start states are a list, consecutive ones, so that none comes twice before all came once."""
+    return start_seed(seed, task, number) if env.starts is None else start_seed(seed, task, 0) + number
+
+
 def camera_of(view: str) -> str:
     """An environment's name of a policy's view, which carries a prefix where the data came from a LeRobot folder."""
     return view.removeprefix(LEROBOT_IMAGES)
@@ -188,6 +208,14 @@ def check_environment(policy: Policy, env: Env) -> None:
     """
     where = f"environment {env.name!r}"
     if found := policy.space.differences(env.space):
+        names = {group.name for group in policy.space.groups}
+        posed = [g.name for g in env.space.groups if g.kind == "joint" and f"{g.name}_position" in names]
+        if posed:
+            raise SpaceMismatchError(
+                f"the policy gives poses of the end effector, which a kinematic model made of the joints of"
+                f" {', '.join(posed)}; {where} takes joints, and a rollout does not turn poses back. Train on the joints:"
+                " leave out the [kinematics] table of the data's space"
+            )
         raise SpaceMismatchError(
             f"the policy does not act in the action space of {where}: {'; '.join(found)}; roll it out where its training"
             " data came from"
@@ -198,14 +226,20 @@ def check_environment(policy: Policy, env: Env) -> None:
             f"the policy gives {rate:g} actions a second, {where} takes {env.rate_hz:g}; train it on data of that rate"
         )
     if env.proprio_size is not None:
-        _check_proprio(policy, env.proprio_size, where)
+        _check_proprio(policy, env.proprio_size, where, _other_variant(env, policy.proprio))
 
 
-def _check_proprio(policy: Policy, size: int, where: str) -> None:
+def _other_variant(env: Env, size: int) -> str:
+    """What gives a state of that size, in words: NAME-state for NAME, or the other way round; "" where it does not."""
+    name = env.name.removesuffix("-state") if env.name.endswith("-state") else f"{env.name}-state"
+    return f"{name!r} gives {size}" if name in list_envs() and env_class(name).proprio_size == size else ""
+
+
+def _check_proprio(policy: Policy, size: int, where: str, other: str = "") -> None:
     if policy.proprio and policy.proprio != size:
         raise SpaceMismatchError(
             f"the policy reads a state of {policy.proprio} numbers, {where} gives {size}; roll it out where its"
-            " training data came from (NAME and NAME-state differ)"
+            f" training data came from ({other or 'NAME and NAME-state differ'})"
         )
 
 
@@ -310,6 +344,16 @@ def _executed(policy: Policy, execute: int | None, ensemble: float | None) -> in
             f"execute is {execute}, but the policy's chunks have {policy.horizon} steps; give at most that"
         )
     return policy.horizon if execute is None else execute
+
+
+def _check_deadline(policy: Policy, chosen: _Settings) -> None:
+    layout = policy.tokenizer.layout_for(policy.horizon, policy.embodiment)
+    if chosen.deadline_ms is not None and (chosen.head == "flow" or not layout.prefixes):
+        what = "the flow head has" if chosen.head == "flow" else f"tokens of {policy.tokenizer.kind!r} have"
+        raise ConfigError(
+            f"deadline_ms is {chosen.deadline_ms:g}, but {what} no action before the last pass; leave it out, or take a"
+            " tokenizer with prefixes (oat)"
+        )
 
 
 def _step_limit(env: Env, policy: Policy, task: str, limit: float | None) -> int:
