@@ -69,7 +69,7 @@ def test_command_line_on_meta_world(place, capsys):
     assert "I phase" in text
     # After the three tokenizers, what the same map finds from the chunks themselves.
     assert facts["raw_retrieval"]["chunk_to_text"]["recall1"] > facts["raw_retrieval"]["chunk_to_text"]["chance1"]
-    assert sum(line.startswith("actions ") for line in text.splitlines()) == 2  # of levels, and of words
+    assert sum(line.startswith("| actions ") for line in text.splitlines()) == 2  # of levels, and of words
     assert "its positions mean nothing by themselves" in " ".join(text.split())
     pictures = sorted((out / "semantics").glob("*.svg"))
     assert len(pictures) == 3 + 3 * 3
