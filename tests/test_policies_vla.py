@@ -515,6 +515,24 @@ def test_a_policy_with_another_tokenizer_in_its_folder_is_refused(tmp_path):
         load_policy(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("schema_version", "version None"),
+        ("files", r"no 'tokenizer\.json'"),
+        ("vocabulary", "does not describe a whole policy"),
+        ("state", "does not describe a whole policy"),
+    ],
+)
+def test_a_description_that_lacks_something_is_refused(key, message, tmp_path):
+    folder = policy_of("bins").save_pretrained(tmp_path / "policy")
+    body = json.loads((folder / "config.json").read_text())
+    del body[key]
+    (folder / "config.json").write_text(json.dumps(body))
+    with pytest.raises(ArtifactError, match=message):
+        load_policy(folder)
+
+
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,7 @@ class FlowHead(Head):
         integrated = time.perf_counter()
         context = ChunkContext(horizon=self.horizon, embodiment=self.embodiment, anchor=seen.anchor)
         raw = np.asarray(self.tokenizer.denormalise(x.float().cpu().numpy(), context), np.float32)
-        finite = np.isfinite(raw).all((1, 2))
+        finite = np.asarray(np.isfinite(raw).all((1, 2)))
         low = -np.inf if self.space.low is None else np.asarray(self.space.low, np.float32)
         high = np.inf if self.space.high is None else np.asarray(self.space.high, np.float32)
         limited = np.clip(raw, low, high)

@@ -40,12 +40,13 @@ def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: 
     if not is_policy(folder):
         raise ArtifactError(f"{folder_or_hub_id} holds no policy; name a folder that `actok train-policy` wrote")
     body = json.loads((folder / CONFIG_FILE).read_bytes())
-    if body["policy"] != KIND or body["schema_version"] != VERSION:
+    version = body.get("schema_version")
+    if body["policy"] != KIND or version != VERSION:
         raise ArtifactError(
-            f"{folder_or_hub_id} holds a policy {body['policy']!r} of version {body['schema_version']}, this actok reads"
+            f"{folder_or_hub_id} holds a policy {body['policy']!r} of version {version}, this actok reads"
             f" {KIND!r} of version {VERSION}; upgrade actok, or train it again"
         )
-    contents = {name: _checked(folder, name, expected) for name, expected in body["files"].items()}
+    contents = {name: _checked(folder, name, expected) for name, expected in body.get("files", {}).items()}
     tokenizer: ActionTokenizer
     artifact = read_artifact(folder / TOKENIZER)
     tokenizer = find_class(artifact.kind).from_artifact(artifact)
