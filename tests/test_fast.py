@@ -276,8 +276,12 @@ def test_the_first_robot_added_to_published_files_is_the_default(fast, tmp_path)
     fast.to_published(tmp_path / "files")
     plus = FastTokenizer.from_published(tmp_path / "files", horizon=T)
     assert list(plus.spaces) == [f"normalised-{D}"]
+    with pytest.raises(SpaceMismatchError, match="'unknown' are in raw units; add the robot with adapt"):
+        plus.embodiment_for(ActionSpace.raw(D))
+    assert plus.embodiment_for(ActionSpace.raw(D, f"normalised-{D}")) == f"normalised-{D}"
     robot = plus.adapt(ActionSpace.raw(D, "arm"), Statistics.from_array(actions))
     assert list(robot.spaces) == ["arm"]
+    assert robot.embodiment_for(ActionSpace.raw(D)) == "arm"
     out = robot.decode(robot.encode(actions))
     assert np.abs(out.actions - actions).mean() < 0.05 * actions.std((0, 1)).mean()
     unit, there = robot.normalise(actions), ChunkContext(embodiment=f"normalised-{D}")

@@ -243,6 +243,17 @@ class FastTokenizer(ClosedFormTokenizer):
         robots = {name: e for name, e in adapted._embodiments.items() if not _is_placeholder(name, e)}
         return type(self)(self.config, robots, self._horizon, self._tensors, self._files, self._meta)
 
+    def embodiment_for(self, space: ActionSpace) -> str:
+        """See ActionTokenizer.embodiment_for; "normalised-<D>" is only for data of a space of that name."""
+        found = super().embodiment_for(space)
+        if found != space.embodiment and _is_placeholder(found, self._embodiments[found]):
+            raise SpaceMismatchError(
+                f"this FAST tokenizer knows only {found!r}, actions that lie in [-1, 1] already, and data of action space"
+                f" {space.embodiment!r} are in raw units; add the robot with adapt(space, statistics), or call the space"
+                f" {found!r} where the data are normalised"
+            )
+        return found
+
     def embodiment(self, name: str | None = None) -> Embodiment:
         """See ClosedFormTokenizer.embodiment; "normalised-<D>" is known to every FAST tokenizer."""
         if name is None and not self._embodiments:
