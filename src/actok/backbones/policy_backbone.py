@@ -314,7 +314,7 @@ class TransformersBackbone(DecoderBackbone):
         """As the base class; capped where the model caps them (Gemma 2)."""
         head, chosen = self._head, slice(None) if rows is None else rows
         bias = None if head.bias is None else head.bias[chosen]
-        found = nn.functional.linear(hidden.to(self.dtype), head.weight[chosen], bias)
+        found: Tensor = torch.nn.functional.linear(hidden.to(self.dtype), head.weight[chosen], bias)
         cap = self._final_cap
         return found if cap is None else torch.tanh(found / cap) * cap
 

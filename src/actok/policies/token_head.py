@@ -118,7 +118,7 @@ class TokenHead(Head):
 
     def logits(self, seen: Seen, chosen: DecodingPlan, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
         """Of all N codes at once, under teacher forcing, over the whole vocabulary; `ids` are the vocabulary's."""
-        return self._coder(seen).logits(self._hidden(seen, chosen, ids))  # type: ignore[no-any-return]
+        return self._coder(seen).logits(self._hidden(seen, chosen, ids))
 
     def _hidden(self, seen: Seen, chosen: DecodingPlan, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N w"]:
         fed = training_inputs(chosen, ids, self.vocab.boblk)
@@ -132,7 +132,7 @@ class TokenHead(Head):
         mask = torch.cat([seen.real[:, None].expand(-1, slots, -1), sees.expand(batch, -1, -1)], 2)
         coder = self._coder(seen)
         hidden, _ = coder.run(coder.embed(fed), places, mask, seen.cache)
-        return hidden[:, torch.from_numpy(chosen.reads).to(hidden.device)]  # type: ignore[no-any-return]
+        return hidden[:, torch.from_numpy(chosen.reads).to(hidden.device)]
 
     def _coder(self, seen: Seen) -> Any:
         return seen.backbone if self.coder is None else self.coder
