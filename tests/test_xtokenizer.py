@@ -170,9 +170,7 @@ def test_an_anchor_far_from_all_actions_is_refused_and_one_of_another_rotation_i
     wrong[11, 1] = 250.0
     for call in (tok.encode, tok.decode):
         values = actions if call == tok.encode else ids
-        with pytest.raises(
-            DataError, match=r"anchor of chunk 11 has 250 in y, where .* -0\.\d+ and 0\.\d+"
-        ):
+        with pytest.raises(DataError, match=r"anchor of chunk 11 has 250 in y, where .* -0\.\d+ and 0\.\d+"):
             call(values, ChunkContext(anchor=wrong))
     prepared(replace(data, anchor=wrong))  # a single broken frame is no reason to refuse the data
     with pytest.raises(DataError, match="in the frame and unit of the actions"):
