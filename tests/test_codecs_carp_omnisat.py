@@ -24,7 +24,7 @@ from actok.signal.statistics import Statistics
 
 torch = pytest.importorskip("torch")
 
-from actok.tokenizers import carp, omnisat  # noqa: E402
+from actok.tokenizers import carp, omnisat, omnisat_codec  # noqa: E402
 from actok.tokenizers.neural import join  # noqa: E402
 
 T = 11
@@ -159,7 +159,7 @@ def test_absent_parts_move_no_codebook(two):
     present[:, list(ARM.groups[0].dims)] = True
     out = codec(tokenizer.batch(x, "arm", present=present))
     sum(out.losses.values()).backward()
-    if isinstance(codec, omnisat.OmniSatCodec):
+    if isinstance(codec, omnisat_codec.OmniSatCodec):
         for name in ("rotation", "gripper"):
             for parameter in codec.encoders[name].parameters():
                 assert not parameter.grad.any()
@@ -331,12 +331,12 @@ def test_a_prefix_is_the_same_whether_other_channels_exist_or_not():
 
 
 def test_parts_cover_every_dimension_once_and_wide_groups_are_cut():
-    parts = omnisat.parts_of(HAND, 6)
+    parts = omnisat_codec.parts_of(HAND, 6)
     assert sorted(len(p) for p in parts["position"]) == [2, 5, 6]
     assert not parts["rotation"]
     assert sorted(np.concatenate(parts["position"])) == list(range(13))
-    arm = omnisat.parts_of(ARM, 6)
-    assert [tuple(arm[name][0]) for name in omnisat.CLASSES] == [g.dims for g in ARM.groups]
+    arm = omnisat_codec.parts_of(ARM, 6)
+    assert [tuple(arm[name][0]) for name in omnisat_codec.CLASSES] == [g.dims for g in ARM.groups]
 
 
 def test_what_networks_see_and_give_are_the_splines_of_the_parts():
