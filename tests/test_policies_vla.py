@@ -362,12 +362,27 @@ def test_a_policy_that_speaks_says_the_subtask_then_acts():
     assert acted.valid.all()
 
 
-def test_said_text_holds_no_codes_and_ends():
+def test_said_text_holds_no_codes_and_ends(monkeypatch):
+    """Also where the model would rather say a code, a control token or a special one than any word."""
     policy = policy_of("bins", speaks=True)
     seen = policy._see(policy._look(observation()), observation())
+    plain = policy.backbone.logits
+    low, high = policy.vocab.span
+    unsayable = [*(i for i in range(low, high) if i != policy.vocab.boblk), *policy.backbone.special_ids.values()]
+
+    def tempted(hidden, rows=None):
+        found = plain(hidden, rows).clone()
+        found[..., unsayable] += 1e4
+        found[..., policy.vocab.boblk] -= 1e4
+        return found
+
+    monkeypatch.setattr(policy.backbone, "logits", tempted)
     texts, further = say(seen, policy.vocab, policy.vocab.boblk, limit=5)
-    assert all(isinstance(text, str) for text in texts)
-    assert seen.cache.length <= further.cache.length <= seen.cache.length + 5
+    assert further.cache.length == seen.cache.length + 5  # nothing ended it but the limit
+    for text in texts:
+        ids = policy.backbone.text_ids([text])[0]
+        assert ids
+        assert not set(ids) & set(unsayable)
 
 
 def test_no_code_is_said_where_codes_are_the_tail_of_the_text_ids(monkeypatch):
