@@ -592,6 +592,16 @@ def test_settings_that_cannot_be_are_named(settings, message):
         policy_of("bins", **settings)
 
 
+@pytest.mark.parametrize("state", ["text", "vector"])
+def test_states_beyond_the_range_of_the_training_are_counted(state):
+    policy = policy_of("bins", state=state)
+    seen = observation()
+    far = seen.proprio.copy()
+    far[1, :3] = (1.5, -2.0, 7.0)
+    assert policy.act(seen).state_beyond.tolist() == [0, 0, 0]
+    assert policy.act(replace(seen, proprio=far)).state_beyond.tolist() == [0, 3, 0]
+
+
 def test_a_blind_policy_is_refused():
     backbone = TinyVLM.create(TinyConfig(width=24, layers=1, heads=3), TASKS)
     with pytest.raises(ConfigError, match="would see nothing"):

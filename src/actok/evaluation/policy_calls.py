@@ -33,6 +33,7 @@ class PolicyCalls:
         self._passes: list[int] = []
         self._stages: list[dict[str, float]] = []
         self._clipped = 0
+        self._beyond = 0
         # A uniform sample of all observations (Vitter 1985, algorithm R).
         self._kept: list[PolicyObservation] = []
         self._met = 0
@@ -47,6 +48,8 @@ class PolicyCalls:
         self._stages.append(stages)
         if acted.clipped is not None:
             self._clipped += int(np.sum(acted.clipped))
+        if acted.state_beyond is not None:
+            self._beyond += int(np.sum(acted.state_beyond))
         for b in range(len(observation)):
             self._keep(observation, b)
         return acted
@@ -59,6 +62,7 @@ class PolicyCalls:
             "chunks": chunks,
             "passes": float(np.dot(self._passes, self._sizes) / chunks),
             "clipped": self._clipped,
+            "state_beyond": self._beyond,
         }
 
     def latency(self) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class Acted:
         text_after: what it said behind the codes, likewise.
         seconds: wall-clock time by stage: "images", "prefix", "actions", "decode", and "text_after" where words follow.
         clipped: int64 [B], values moved back inside the limits of the action space.
+        state_beyond: int64 [B], numbers of the state outside the range that the policy was trained on; None where it reads
+            none. As text they are read as the first or the last bin, as a vector as they are.
     """
 
     actions: Float[np.ndarray, "B T D"]
@@ -88,6 +90,7 @@ class Acted:
     text_after: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     clipped: Int[np.ndarray, "B"] | None = None
+    state_beyond: Int[np.ndarray, "B"] | None = None
 
 
 class Policy(nn.Module, ABC):

@@ -49,6 +49,12 @@ class StateRange:
         """int64 [B, P] in 0..count - 1; what lies beyond the range is in the first or last bin."""
         return np.clip(np.floor((self.unit(proprio) + 1) / 2 * count), 0, count - 1).astype(np.int64)
 
+    def beyond(self, proprio: Float[np.ndarray, "B P"]) -> np.ndarray:
+        """int64 [B], how many numbers lie outside."""
+        given = np.asarray(proprio, np.float64)
+        found: np.ndarray = ((given < self.low) | (given > self.high)).sum(1)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {"low": self.low.tolist(), "high": self.high.tolist()}

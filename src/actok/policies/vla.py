@@ -288,6 +288,7 @@ class VLA(Policy):
             text_after=after,
             seconds={"images": looked - begin, "prefix": read - looked, **seconds},
             clipped=found.clipped,
+            state_beyond=None if self.state is None else self.state.beyond(np.asarray(observation.proprio)),
         )
 
     # -- keeping it -----------------------------------------------------------------------------------------------
