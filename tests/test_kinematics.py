@@ -503,7 +503,7 @@ def test_aloha_comes_back_through_the_26_channels_to_its_joints(record_property)
     assert union.channels.tolist() == list(range(20))
     back = found.back(union.back(shared, anchor), state)
     error = np.abs(back.actions - actions).max()
-    record_property("error_rad", error)
+    record_property("error_rad", float(error))
     assert back.reached.all()
     assert error <= 1e-9
 
