@@ -147,7 +147,7 @@ def test_every_arm_is_two_environments(arm: str) -> None:
     assert plain.name == f"robosuite-{arm}"
     assert privileged.name == f"robosuite-{arm}-state"
     assert plain.arm == privileged.arm
-    assert (plain.proprio_size, privileged.proprio_size) == (9, 23)
+    assert (plain.proprio_size, privileged.proprio_size) == (9, 26)
     assert {f"robosuite-{arm}", f"robosuite-{arm}-state"} <= set(list_envs())
 
 
@@ -270,9 +270,10 @@ def test_steps_at_which_nobody_looks_are_the_same_and_read_nothing(env, actions,
 def test_proprioception_is_of_the_arm_then_of_the_objects(env) -> None:
     first = env.reset("lift", seed=2)
     state = SceneState.from_vector(first.state)
-    assert first.proprio.shape == (23,)
+    assert first.proprio.shape == (26,)
     assert first.proprio[3] + first.proprio[4] > 1.3  # the hand points down
-    assert np.allclose(first.proprio[9:], np.concatenate([state.object_pose, state.goal_pose]))
+    assert np.allclose(first.proprio[9:23], np.concatenate([state.object_pose, state.goal_pose]))
+    assert np.allclose(first.proprio[23:], first.proprio[9:12] - first.proprio[:3])
     for action, way in (([0, 0, 1, 0, 0, 0, -1], 1), ([0, 0, -1, 0, 0, 0, 1], -1)):
         before = env.restore("lift", env.start_state()).proprio
         for _ in range(5):

@@ -167,7 +167,7 @@ def asked(monkeypatch, tasks):
 
 def test_demonstrations_that_are_there_are_taken_where_they_are_what_is_asked_for(studio, monkeypatch):
     chosen = {"metaworld-bins-0": POLICY_JOBS["metaworld-bins-0"]}
-    whole = [task for task in METAWORLD.tasks for _ in range(studio.demonstrations)]
+    whole = [task for task in METAWORLD.tasks for _ in range(studio.demonstrations(METAWORLD))]
     asked(monkeypatch, whole[1:])
     with pytest.raises(DataError, match="move it away"):
         policies_make.collect(studio, chosen, jobs=1, **QUIET)
@@ -175,7 +175,7 @@ def test_demonstrations_that_are_there_are_taken_where_they_are_what_is_asked_fo
     assert policies_make.collect(studio, chosen, jobs=1, **QUIET) == []
     assert found == []
     spec = studio.root / "collected" / METAWORLD.data / "spec.json"
-    assert json.loads(spec.read_text())["episodes"] == studio.demonstrations
+    assert json.loads(spec.read_text())["episodes"] == studio.demonstrations(METAWORLD)
     monkeypatch.setattr(policies, "SUITES", {"metaworld": replace(METAWORLD, tasks=METAWORLD.tasks[:3])})
     policies_make.collect(studio, chosen, jobs=1, **QUIET)
     (task,) = found

@@ -28,7 +28,6 @@ POLICY_STEPS = 800
 SEEDS = (0, 1)
 # What only few seeds are spent on: tokenizers beside the main ones, blocks and expert.
 FEW_SEEDS = (0,)
-DEMONSTRATIONS = 100
 HORIZON = 20
 # Steps of each chunk that are executed; an episode ends at so many lengths of a demonstration.
 EXECUTE, LIMIT = HORIZON, 1.5
@@ -43,7 +42,6 @@ __all__ = [
     "BATCH",
     "BLOCKS",
     "BLOCKS_OF",
-    "DEMONSTRATIONS",
     "EXECUTE",
     "FEW_SEEDS",
     "HORIZON",
@@ -71,6 +69,7 @@ class Suite:
         env: of `actok list`.
         data: folder of the demonstrations.
         tasks: of the environment.
+        demonstrations: of each task.
         episodes: rolled out of each task and seed.
         share: of the tokenizers' training steps.
     """
@@ -79,6 +78,7 @@ class Suite:
     env: str
     data: str
     tasks: tuple[str, ...]
+    demonstrations: int
     episodes: int
     share: float = 1.0
 
@@ -98,12 +98,13 @@ MT10 = (
 SUITES: Mapping[str, Suite] = {
     suite.name: suite
     for suite in (
-        Suite(name="metaworld", env="metaworld-state", data="mt10", tasks=MT10, episodes=20),
+        Suite(name="metaworld", env="metaworld-state", data="mt10", tasks=MT10, demonstrations=100, episodes=20),
         Suite(
             name="robosuite",
             env="robosuite-panda-state",
             data="panda",
             tasks=("lift", "pick-place-bread"),
+            demonstrations=300,  # of 100 each, policies learn the samples by heart
             episodes=100,
             share=ROBOSUITE_SHARE,
         ),

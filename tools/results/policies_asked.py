@@ -17,7 +17,6 @@ from results import policies
 from results.places import SEED, Places, Source
 from results.policies import (
     BATCH,
-    DEMONSTRATIONS,
     EXECUTE,
     HORIZON,
     LIMIT,
@@ -60,10 +59,9 @@ class Studio:
         """Of a trial, at least `least`."""
         return max(least, round(count * self.places.scale)) if self.places.scale < 1 else count
 
-    @property
-    def demonstrations(self) -> int:
+    def demonstrations(self, suite: Suite) -> int:
         """Of each task. Fewer than ten would leave nothing to hold out."""
-        return self.scaled(DEMONSTRATIONS, 10)
+        return self.scaled(suite.demonstrations, 10)
 
     def data(self, suite: Suite) -> Source:
         """The demonstrations of a suite."""

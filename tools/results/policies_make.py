@@ -57,7 +57,7 @@ def collect(studio: Studio, chosen: Mapping[str, PolicyJob], *, jobs: int, say: 
         spec = {
             "env": suite.env,
             "tasks": list(suite.tasks),
-            "episodes": studio.demonstrations,
+            "episodes": studio.demonstrations(suite),
             "seed": SEED,
         }
         kept = kept_specification(folder)

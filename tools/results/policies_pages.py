@@ -88,7 +88,7 @@ def success_body(studio: Studio, suite: str, chosen: Mapping[str, PolicyJob]) ->
         "conditions": conditions(made),
         "suite": {"env": found.env, "tasks": list(found.tasks), "episodes": studio.scaled(found.episodes, 1)},
         "steps": studio.scaled(policies.POLICY_STEPS, 2),
-        "demonstrations": studio.demonstrations,
+        "demonstrations": studio.demonstrations(found),
         "variants": variants,
         "pairs": pairs(full),
         "pairs_of_one_seed": [

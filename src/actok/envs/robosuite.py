@@ -187,16 +187,16 @@ class RobosuiteEnv(Env):
 
 
 class _ObjectsInProprio(RobosuiteEnv):
-    """For policies without cameras, which would otherwise be blind to the objects: the proprioception [23] is that of
+    """For policies without cameras, which would otherwise be blind to the objects: the proprioception [26] is that of
     the arm [9], then the pose of the object to be picked up [7] and that of its goal [7], each position in m and
-    quaternion xyzw. A policy of such an environment reads what no camera-less robot could: its success is a statement
+    quaternion xyzw, and the way from the hand to the object in m (3), which robosuite, too, observes. A policy of such an environment reads what no camera-less robot could: its success is a statement
     about tokens and decoding, not about perception.
     """
 
-    proprio_size = 23
+    proprio_size = 26
 
     def _proprio(self, arm: np.ndarray, state: SceneState) -> np.ndarray:
-        return np.concatenate([arm, state.object_pose, state.goal_pose])
+        return np.concatenate([arm, state.object_pose, state.goal_pose, state.object_pose[:3] - arm[:3]])
 
 
 class PandaEnv(RobosuiteEnv):
