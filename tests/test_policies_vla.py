@@ -178,6 +178,36 @@ def test_any_block_size_gives_whole_chunks_in_ceil_n_over_b_passes(block):
     assert acted.valid.all()
 
 
+@pytest.mark.parametrize("spacing", [0, 2])
+def test_training_draws_the_places_of_codes_and_an_evaluation_does_not(spacing, monkeypatch):
+    policy = policy_of("bins", block=3, spacing=spacing)
+    head, given, places = head_of(policy), batch(policy), []
+    monkeypatch.setattr(head, "_coder", lambda seen: Watching(seen.backbone, places))
+    for mode in (True, False):
+        for _ in range(2):
+            policy.train(mode).losses(given)
+    trained, steady = places[:2], places[2:]
+    steps = torch.cat(trained).diff(dim=1)
+    assert set(steps.unique().tolist()) == set(range(1, 2 + spacing))
+    assert torch.equal(*trained) is (spacing == 0)
+    assert torch.equal(*steady)
+    assert (steady[0].diff(dim=1) == 1 + spacing // 2).all()
+
+
+class Watching:
+    """A backbone that notes at which places it is run."""
+
+    def __init__(self, backbone, places):
+        self._backbone, self._places = backbone, places
+
+    def __getattr__(self, name):
+        return getattr(self._backbone, name)
+
+    def run(self, embeds, positions, mask, cache):
+        self._places.append(positions)
+        return self._backbone.run(embeds, positions, mask, cache)
+
+
 @pytest.mark.parametrize("expert", [0, 16])
 @pytest.mark.parametrize("name", ["bins", "fastervq-tiny", "boat-tiny", "carp-tiny"])
 def test_the_loss_of_a_block_does_not_depend_on_its_own_codes_or_later_ones(name, expert):
@@ -315,6 +345,39 @@ def test_padded_steps_do_not_train_the_flow():
     rest = ~one
     both = (loss(given.actions, one) * one.sum() + loss(given.actions, rest) * rest.sum()) / real.numel()
     assert torch.allclose(both, whole, atol=1e-5)
+
+
+def test_the_exact_velocity_of_one_chunk_has_no_loss_and_leads_to_it(monkeypatch):
+    """(a - x) / (1 - t): what is regressed and what is integrated agree on direction, moments and step."""
+    policy = policy_of("bins", heads=("flow",), flow_expert=16, flow_steps=7)
+    given = batch(policy)
+    moments = []
+
+    def exact(seen, mixed, moment):
+        moments.append(moment)
+        return (given.actions - mixed) / (1 - moment)[:, None, None]
+
+    monkeypatch.setattr(policy.parts["flow"], "velocity", exact)
+    assert policy.losses(given)["flow"] < 1e-6
+    acted = policy.act(given.observation)
+    assert torch.allclose(torch.stack(moments[1:])[:, 0], torch.arange(7) / 7)
+    assert np.allclose(policy.tokenizer.normalise(acted.actions), given.actions.numpy(), atol=1e-4)
+
+
+def test_the_steps_of_a_flowing_chunk_see_each_other_and_the_prompt():
+    policy = policy_of("bins", heads=("flow",), flow_expert=16)
+    head, moment = policy.parts["flow"], torch.full((B,), 0.3)
+
+    def velocity(mixed, seed):
+        return head.velocity(policy._see(policy._look(observation(seed=seed)), observation(seed=seed)), mixed, moment)
+
+    mixed = torch.randn(B, T, D)
+    base = velocity(mixed, 3)
+    for changed in (0, T - 1):
+        other = mixed.clone()
+        other[:, changed] += 1
+        assert ((velocity(other, 3) - base).abs().amax((0, 2)) > 1e-6).all()
+    assert ((velocity(mixed, 4) - base).abs().amax((0, 2)) > 1e-6).all()
 
 
 def test_flow_learns_a_constant_chunk():
