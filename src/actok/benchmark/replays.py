@@ -35,6 +35,7 @@ def replay_held_out(
     seed: int = 0,
     workers: int = 2,
     closed_loop: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Replay test episodes of `data` through each tokenizer and write `out_dir`/replay.json or closed_loop.json.
 
@@ -53,10 +54,11 @@ def replay_held_out(
         workers: processes.
         closed_loop: at each chunk the scripted expert's next actions from where the robot is, instead of the
             demonstration's.
+        options: of the environment.
     """
     if not tokenizers:
         raise ConfigError("no tokenizer is named; give at least one preset or saved folder")
-    env = make_env(env_name)
+    env = make_env(env_name, **(options or {}))
     dataset = open_dataset(data)
     fitted: dict[str, ActionTokenizer] = {}
     for text in tokenizers:

@@ -27,22 +27,40 @@ def split_env(text: str) -> tuple[str, list[str] | None]:
     return name, chosen or None
 
 
-def environment_for(policy: Any, name: str, image_size: int | None = None) -> Env:
+def environment_for(
+    policy: Any,
+    name: str,
+    image_size: int | None = None,
+    *,
+    cameras: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Env:
     """The environment with the policy's views, at the size of its training images unless another is given.
 
-    Raises ConfigError as `make_env` does, for an image size where the policy sees no images, and for none where its
-    training images were not all square and of one size.
-    """
-    from actok.evaluation.rollout import camera_of
+    `cameras` says which of the environment's views shows what the policy calls otherwise (see
+    `actok.evaluation.compatibility.cameras_of`); `options` are further ones of the environment.
 
-    if not policy.views:
+    Raises ConfigError as `make_env` does, for a view that the environment does not know, for an image size where the
+    policy sees no images, and for none where its training images were not all square and of one size.
+    """
+    from actok.evaluation.compatibility import cameras_of
+
+    shown = cameras_of(policy, cameras)
+    if not shown:
         if image_size is not None:
             raise ConfigError(
                 f"images of {image_size} pixels are asked for, but the policy looks at none; leave it out"
             )
-        return make_env(name)
-    if not env_class(name).default_views:
+        return make_env(name, **(options or {}))
+    found = env_class(name)
+    if not found.default_views:
         raise ConfigError(f"the policy looks through {', '.join(policy.views)}, environment {name!r} has no cameras")
+    if found.known_views and (missing := [v for v, camera in shown.items() if camera not in found.known_views]):
+        raise ConfigError(
+            f"the policy looks through {', '.join(shown)}; environment {name!r} has no view"
+            f" {', '.join(shown[view] for view in missing)}, only {', '.join(found.known_views)}; say which of these"
+            f" shows what with --cameras {' '.join(f'{view}=...' for view in missing)}"
+        )
     if image_size is None:
         sizes = {side for height_width in policy.meta.get("image_sizes", {}).values() for side in height_width}
         if len(sizes) != 1:
@@ -51,7 +69,7 @@ def environment_for(policy: Any, name: str, image_size: int | None = None) -> En
                 " simulators render squares; give the size with --images"
             )
         image_size = sizes.pop()
-    return make_env(name, views=tuple(camera_of(view) for view in policy.views), image_size=image_size)
+    return make_env(name, **(options or {}), views=tuple(dict.fromkeys(shown.values())), image_size=image_size)
 
 
 def roll_out(
@@ -63,6 +81,8 @@ def roll_out(
     seed: int = 0,
     device: str = "cpu",
     image_size: int | None = None,
+    cameras: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
     record: int | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], Path]:
@@ -76,6 +96,7 @@ def roll_out(
         seed: of start states and draws.
         device: as torch names it.
         image_size: of the policy's views, height and width in pixels; None: as in training.
+        cameras, options: see `environment_for`.
         record: episodes to film; None: 2 where the environment has cameras.
         settings: see `actok.evaluation.rollout.rollout`.
     """
@@ -84,13 +105,15 @@ def roll_out(
 
     name, tasks = split_env(env)
     loaded = load_policy(policy, device=device)
-    simulator = environment_for(loaded, name, image_size)
+    simulator = environment_for(loaded, name, image_size, cameras=cameras, options=options)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = list(simulator.tasks) if tasks == ["all"] else tasks
     if record is None:
         record = 2 if simulator.default_views else 0
-    result = rollout(simulator, loaded, chosen, episodes, seed=seed, record=record, out=folder, **settings)
+    result = rollout(
+        simulator, loaded, chosen, episodes, cameras=cameras, seed=seed, record=record, out=folder, **settings
+    )
     result["policy"]["source"] = str(policy)
     result["provenance"] = provenance(seed)
     write_results(result, folder / "rollout.json")

@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     v = verb("collect", "record demonstrations of scripted experts in simulation", "simulate")
     v.add_argument("--env", default="metaworld", help="simulator (default: metaworld)")
+    _env_options(v)
     v.add_argument("--out", required=True, metavar="DIR", help="LeRobot v3.0 folder to write; must be new or empty")
     v.add_argument("--tasks", default="all", help="comma-separated task names (default: all)")
     v.add_argument("--episodes", type=int, default=10, help="successful episodes wanted per task (default: 10)")
@@ -143,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     v = verb("replay", "execute decoded demonstrations in simulation, open or closed loop", "simulate")
     _tokenizers(v)
     v.add_argument("--env", default="metaworld", help="simulator (default: metaworld)")
+    _env_options(v)
     v.add_argument("--out", required=True, metavar="DIR", help="writes replay.json or closed_loop.json there")
     v.add_argument("--data", metavar="PATH", help="demonstrations with start states (default: collect them into DIR)")
     v.add_argument("--episodes", type=int, default=5, help="test episodes per task (default: 5)")
@@ -163,6 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME[/TASK,...]",
         help="simulator and tasks, NAME/all for all of them (default: the tasks of the policy's training data)",
     )
+    _env_options(v)
     v.add_argument("--out", required=True, metavar="DIR", help="writes rollout.json, rollout.html and recordings there")
     v.add_argument("--episodes", type=int, default=10, help="episodes per task (default: 10)")
     v.add_argument("--head", metavar="NAME", help="which head acts, e.g. tokens or flow (default: the policy's first)")
@@ -183,6 +186,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a call: emit codes until the first prefix that decodes after it (tokenizers with prefixes, e.g. oat)",
     )
     v.add_argument("--images", type=int, metavar="PIXELS", help="side of the policy's views (default: as in training)")
+    v.add_argument(
+        "--cameras",
+        metavar="VIEW=CAMERA",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="which of the simulator's views shows what the policy calls VIEW (default: the one of the same name)",
+    )
     v.add_argument("--batch", type=int, default=16, metavar="N", help="episodes at a time (default: 16)")
     v.add_argument("--device", default="cpu", help="where the policy runs, as torch names it (default: cpu)")
     v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
@@ -214,6 +225,17 @@ def _data(v: argparse.ArgumentParser, *, many: bool, more: str = "") -> None:
 def _rate(v: argparse.ArgumentParser) -> None:
     v.add_argument(
         "--rate", type=float, metavar="HZ", help="resample the data to this rate first (default: as they are)"
+    )
+
+
+def _env_options(v: argparse.ArgumentParser) -> None:
+    v.add_argument(
+        "--env-set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="options of the simulator, e.g. suites=libero_90",
     )
 
 

@@ -4,36 +4,70 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["collect_into", "run"]
+# Options of environments that the command line gives otherwise, and how.
+PICTURES = {
+    "collect": "pictures are recorded with --images PIXELS",
+    "replay": "a replay makes no pictures",
+    "rollout": "the policy says through which views it looks; give their size with --images, other names with --cameras",
+}
+
+__all__ = ["collect_into", "environment_options", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
     """Dispatch on the verb."""
     if args.verb == "collect":
         report = collect_into(
-            args.out, args.env, args.tasks, args.episodes, seed=args.seed, images=args.images, workers=args.workers
+            args.out,
+            args.env,
+            args.tasks,
+            args.episodes,
+            seed=args.seed,
+            images=args.images,
+            workers=args.workers,
+            options=environment_options(args),
         )
         return 3 if report.short else 0
     return _replay(args)
 
 
+def environment_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What --env-set says, without the options that the verb gives itself."""
+    from actok.core import ConfigError, parse_assignments
+
+    options = parse_assignments(args.env_set)
+    for name in ("views", "image_size"):
+        if name in options:
+            raise ConfigError(f"--env-set {name} is not possible: {PICTURES[args.verb]}")
+    return options
+
+
 def collect_into(
-    out: str, env_name: str, tasks: str, episodes: int, *, seed: int, workers: int, images: int | None = None
+    out: str,
+    env_name: str,
+    tasks: str,
+    episodes: int,
+    *,
+    seed: int,
+    workers: int,
+    images: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Record into a LeRobot folder and say what was kept and what failed."""
     from actok.core import ConfigError
     from actok.envs import env_class, make_env
     from actok.evaluation.record import collect, record_lerobot
 
-    options: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
     if images:
-        options = {"views": env_class(env_name).default_views, "image_size": images}
-        if not options["views"]:
+        shown = {"views": env_class(env_name).default_views, "image_size": images}
+        if not shown["views"]:
             raise ConfigError(f"environment {env_name!r} has no cameras; collect without --images")
-    env = make_env(env_name, **options)
+    env = make_env(env_name, **(options or {}), **shown)
     wanted = None if tasks == "all" else [task.strip() for task in tasks.split(",") if task.strip()]
     report = record_lerobot(collect(env, wanted, episodes, seed=seed, workers=workers), env, out)
     steps = sum(task.steps for task in report.tasks.values())
@@ -55,12 +89,15 @@ def _replay(args: argparse.Namespace) -> int:
     for name in names:
         if not Path(name).exists() and "/" not in name:
             find_preset(split_settings(name)[0])  # a misspelt name is said before anything is collected
+    options = environment_options(args)
     data = args.data
     if data is None:
         data = str(Path(args.out) / args.env)
         if not Path(data).exists():
             # A tenth of the episodes is held out for testing.
-            collect_into(data, args.env, "all", 10 * args.episodes, seed=args.seed, workers=args.workers)
+            collect_into(
+                data, args.env, "all", 10 * args.episodes, seed=args.seed, workers=args.workers, options=options
+            )
     result = replay_held_out(
         data,
         names,
@@ -71,6 +108,7 @@ def _replay(args: argparse.Namespace) -> int:
         seed=args.seed,
         workers=args.workers,
         closed_loop=args.closed_loop,
+        options=options,
     )
     print(replay_text(result))
     print(f"written to {Path(args.out) / (CLOSED_LOOP_FILE if args.closed_loop else FILE)}")

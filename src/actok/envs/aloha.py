@@ -61,6 +61,7 @@ class AlohaEnv(Env):
     max_steps = 300
     proprio_size: int | None = 28
     default_views = ("top", "angle", "front_close")  # those that gym-aloha renders
+    known_views = VIEWS
     tasks: Sequence[str] = tuple(MODELS)
     _current: Any  # the model and the data of the episode at hand
     _data: Any

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -37,7 +38,7 @@ BUILT_IN: Mapping[str, str] = {
     "robosuite-ur5e-state": "actok.envs.robosuite:UR5eStateEnv",
 }
 
-__all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env"]
+__all__ = ["Env", "Expert", "ExpertAction", "Observation", "env_class", "list_envs", "make_env", "option_names"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,20 +82,32 @@ class Expert(ABC):
 class Env(ABC):
     """One simulator with a list of tasks.
 
+    The arguments of a constructor are its options; each can be given by name. One that renders takes `views` and
+    `image_size` among them.
+
     Attributes:
         name: as given to `make_env`.
+        made_with: option -> value, of those that it was made with; defaults are left out.
         max_steps: how many steps the benchmark allows an episode.
         proprio_size: how many numbers the proprioception has; None where only the first observation tells.
         starts: how many start states a task has where they are a list, seed s being number s modulo their count; None
             where seeds draw them.
         default_views: the views that recording takes unless others are asked for; empty where there are no cameras.
+        known_views: all views that its option `views` may name; empty where only trying tells.
     """
 
     name: str
+    made_with: Mapping[str, Any]
     max_steps: int
     proprio_size: int | None = None
     starts: int | None = None
     default_views: tuple[str, ...] = ()
+    known_views: tuple[str, ...] = ()
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        made = super().__new__(cls)
+        made.made_with = _given(cls, args, options)
+        return made
 
     @property
     @abstractmethod
@@ -169,6 +182,28 @@ class Env(ABC):
             " replay needs that, open-loop replay does not"
         )
 
+    def with_views(self, views: Sequence[str], image_size: int) -> Env:
+        """Another environment, made as this one was, that shows these views, `image_size` pixels high and wide.
+
+        Where the constructor takes no `views` or no `image_size`, it shows what it always shows. Raises ConfigError as
+        the constructor does.
+        """
+        wanted = {"views": tuple(views), "image_size": image_size}
+        taken = option_names(type(self))
+        return type(self)(**{**self.made_with, **{name: value for name, value in wanted.items() if name in taken}})
+
+    def options_as_json(self) -> dict[str, Any]:
+        """`made_with` as JSON values, for results; what JSON does not know is told as text."""
+        found: dict[str, Any] = json.loads(json.dumps(dict(self.made_with), default=str))
+        return found
+
+    def option_for(self, attribute: str, value: float) -> str | None:
+        """The option, written "KEY=VALUE", under which `proprio_size` or `rate_hz` has this value; None where none has.
+
+        Error messages name it. This default knows of none.
+        """
+        return None
+
     def close(self) -> None:  # noqa: B027 - most simulators hold nothing that outlives them
         """Free the simulator. The environment may be used again; it then builds a new one."""
 
@@ -213,8 +248,28 @@ def make_env(name: str, **options: Any) -> Env:
     Raises ConfigError for an unknown name or option, MissingExtraError where its simulator is not installed.
     """
     found = env_class(name)
-    known = list(inspect.signature(found).parameters)
+    known = option_names(found)
     for option in options:
         if option not in known:
-            raise ConfigError(f"environment {name!r} has no option {option!r}; {suggest(option, known)}")
+            raise ConfigError(f"environment {name!r} has no option {option!r}; it takes {', '.join(known) or 'none'}")
     return found(**options)
+
+
+def option_names(found: type[Env]) -> list[str]:
+    """What the constructor of an environment takes by name."""
+    return [name for name, parameter in _parameters(found).items() if parameter.kind not in _VARIADIC]
+
+
+def _given(found: type[Env], args: Sequence[Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments of a constructor by their names. Those that it refuses are left out: it says so itself, next."""
+    named = zip(option_names(found), args, strict=False)
+    return {**dict(named), **options}
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _parameters(found: type[Env]) -> Mapping[str, inspect.Parameter]:
+    """Of the constructor, without `self`. (`inspect.signature` of a class would show `Env.__new__` where it has none.)"""
+    _, *rest = inspect.signature(found.__init__).parameters.items()
+    return dict(rest)

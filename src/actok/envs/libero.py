@@ -9,8 +9,10 @@ The meshes and textures ("assets") are not in the package. Say where they are by
 variable LIBERO_ASSETS; they are the Hub dataset lerobot/libero-assets. Nothing is downloaded here.
 
 Tasks are "SUITE-INDEX", e.g. "libero_spatial-3", in the order of the benchmark's task order 0. Actions [7] are those of
-robosuite's OSC_POSE controller at 20 Hz. Proprioception [9]: position between the fingertips in m (3), orientation of the
-hand as a quaternion xyzw with x >= 0, about 1 at the start (4), positions of the two fingers in m (2).
+robosuite's OSC_POSE controller at 20 Hz. Proprioception: position between the fingertips in m (3), orientation of the
+hand, positions of the two fingers in m (2). The orientation is a quaternion xyzw with x >= 0, about 1 at the start, so 9
+numbers in all; or, with state="axis-angle", what LIBERO's own and most published data hold, 8 numbers in all: see
+`axis_angle`.
 
 A seed chooses one of the start states that the benchmark has for each task: number seed modulo their count. As the
 published evaluations do, the objects, which are stored a little above what they stand on, are let fall for SETTLE_STEPS
@@ -24,15 +26,18 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from actok.core.errors import ConfigError, DataError, MissingExtraError
 from actok.core.registry import CONFIGS, read_toml, suggest
@@ -49,29 +54,40 @@ ASSETS_VARIABLE = "LIBERO_ASSETS"
 ASSET_FOLDERS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects", "scenes")
 SETTLE_STEPS = 10
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+CONTROL_HZ = 20
+# How the orientation is told -> numbers of the proprioception.
+STATES: Mapping[str, int] = {"quaternion": 9, "axis-angle": 8}
 # Fixtures are placed at random when the model is built; a start state has no place for them, so it is always this draw.
 _FIXTURE_SEED = 0
 
-__all__ = ["LiberoEnv"]
+__all__ = ["LiberoEnv", "axis_angle"]
 
 
 class LiberoEnv(Env):
     """The tasks of LIBERO; no expert.
 
-    `suites` are names of configs/envs/libero.toml (None: the four of ten tasks each). `assets` is the folder of meshes
-    and textures. `views` are cameras to render, of VIEWS, by LIBERO's own renderer, shadows included, because policies
-    are trained on its pictures; `image_size` their height and width in pixels. Images are upright and not mirrored;
-    policies from elsewhere often want them turned by 180 degrees as LIBERO stores them, which mirrors this one.
+    Args:
+        suites: names of configs/envs/libero.toml; None: the four of ten tasks each.
+        assets: folder of meshes and textures; None: of the environment variable LIBERO_ASSETS.
+        views: cameras to render, of VIEWS, by LIBERO's own renderer, shadows included, because policies are trained on
+            its pictures. They are upright and not mirrored.
+        image_size: their height and width in pixels.
+        state: how the proprioception tells the orientation, "quaternion" or "axis-angle".
+        turned: pictures as published data have them: robosuite's own, whose first row is the bottom one, turned by 180
+            degrees. They are upright, and mirrored left to right.
+        stated_hz: rate by which `rate_hz` and `space` go. One action is one step of 1/20 s whatever is said here;
+            published data state 10 Hz of actions recorded so, and a policy carries the rate of its data.
 
-    Raises ConfigError for an unknown suite or view, or where the assets are not found; MissingExtraError without
+    Raises ConfigError for an unknown suite, view or state, or where the assets are not found; MissingExtraError without
     hf-libero or robosuite.
     """
 
     name = "libero"
     max_steps = 600
-    proprio_size: int | None = 9
+    proprio_size: int | None = STATES["quaternion"]
     starts: int | None = 50
     default_views = ("agentview", "robot0_eye_in_hand")
+    known_views = VIEWS
 
     def __init__(
         self,
@@ -79,18 +95,21 @@ class LiberoEnv(Env):
         assets: str | Path | None = None,
         views: Sequence[str] = (),
         image_size: int = 128,
+        state: str = "quaternion",
+        turned: bool = False,
+        stated_hz: float = CONTROL_HZ,
     ) -> None:
-        known = read_toml(CONFIGS / "envs" / "libero.toml")
-        self._suites = tuple(
-            known["default_suites"] if suites is None else [suites] if isinstance(suites, str) else suites
-        )
-        for suite in self._suites:
-            if suite not in known["tasks"]:
-                raise ConfigError(f"LIBERO has no suite {suite!r}; {suggest(suite, list(known['tasks']))}")
-        self._tasks = {f"{suite}-{i}": (suite, i) for suite in self._suites for i in range(known["tasks"][suite])}
+        if state not in STATES:
+            raise ConfigError(f"state is {state!r}; give {' or '.join(STATES)}")
+        if not isinstance(turned, bool):
+            raise ConfigError(f"turned is {turned!r}; give true or false")
+        if not isinstance(stated_hz, (int, float)) or not 0 < stated_hz < math.inf:
+            raise ConfigError(f"stated_hz is {stated_hz!r}; give the rate that the data state, in Hz")
+        self.proprio_size = STATES[state]
+        self._tasks = _tasks_of(suites)
         self._views = check_views("LIBERO", views, VIEWS, image_size)
         self._image_size = image_size
-        self._given_assets = assets
+        self._state, self._turned, self._stated_hz = state, turned, float(stated_hz)
         self._library = _import_libero()
         self._assets = _find_assets(assets, self._library["root"])
         self._benchmarks: dict[str, Any] = {}
@@ -100,7 +119,7 @@ class LiberoEnv(Env):
         self._success = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._suites, self._given_assets, self._views, self._image_size)
+        return partial(type(self), **self.made_with), ()
 
     @property
     def tasks(self) -> Sequence[str]:
@@ -109,8 +128,8 @@ class LiberoEnv(Env):
 
     @cached_property
     def space(self) -> ActionSpace:
-        """The packaged space libero_franka."""
-        return packaged_space("libero_franka")
+        """The packaged space libero_franka, at the stated rate."""
+        return replace(packaged_space("libero_franka"), rate_hz=self._stated_hz)
 
     def instruction(self, task: str) -> str:
         """The benchmark's own words."""
@@ -159,6 +178,12 @@ class LiberoEnv(Env):
         raise ConfigError(
             f"LIBERO has no expert for {task}; use its human demonstrations, which `actok` reads in LeRobot's format"
         )
+
+    def option_for(self, attribute: str, value: float) -> str | None:
+        """See Env.option_for."""
+        if attribute == "rate_hz":
+            return f"stated_hz={value:g}"
+        return next((f"state={state}" for state, size in STATES.items() if size == value), None)
 
     def close(self) -> None:
         """See Env.close."""
@@ -211,18 +236,48 @@ class LiberoEnv(Env):
             return self._library["simulator"](
                 bddl_file_name=benchmark.get_task_bddl_file_path(index),
                 controller="OSC_POSE",
-                control_freq=round(self.rate_hz),
+                control_freq=CONTROL_HZ,
                 ignore_done=True,  # whoever steps decides when an episode ends
                 **options,
             )
 
     def _observe(self, raw: Mapping[str, np.ndarray]) -> Observation:
         rotation = raw["robot0_eef_quat"]
-        rotation = -rotation if rotation[0] < 0 else rotation
+        if self._state == "axis-angle":
+            rotation = axis_angle(rotation)
+        elif rotation[0] < 0:
+            rotation = -rotation
         proprio = np.concatenate([raw["robot0_eef_pos"], rotation, raw["robot0_gripper_qpos"]])
         # robosuite's images have their first row at the bottom.
-        images = {view: np.ascontiguousarray(raw[f"{view}_image"][::-1]) for view in self._views}
+        across = -1 if self._turned else 1
+        images = {view: np.ascontiguousarray(raw[f"{view}_image"][::-1, ::across]) for view in self._views}
         return Observation(proprio=proprio.astype(np.float32), images=images)
+
+
+def axis_angle(quaternion: Float[np.ndarray, "4"]) -> Float[np.ndarray, "3"]:
+    """The rotation vector in rad of a unit quaternion xyzw, as robosuite's `quat2axisangle` makes it.
+
+    LIBERO's demonstrations, and what was made from them, hold the orientation so. The quaternion is taken with the sign
+    that it has: where w < 0 the angle is above pi (up to 2 pi), and the vector jumps where the sign of the quaternion
+    does. w is limited to [-1, 1]; at both ends the vector is zero.
+    """
+    w = min(1.0, max(-1.0, float(quaternion[3])))
+    sine = math.sqrt(1.0 - w * w)  # of half the angle
+    if sine == 0:
+        return np.zeros(3)
+    return np.asarray(quaternion[:3], np.float64) * (2.0 * math.acos(w) / sine)
+
+
+def _tasks_of(suites: Sequence[str] | None) -> dict[str, tuple[str, int]]:
+    """Key -> suite and index, of these suites or of the default ones."""
+    known = read_toml(CONFIGS / "envs" / "libero.toml")
+    chosen = known["default_suites"] if suites is None else [suites] if isinstance(suites, str) else suites
+    if not isinstance(chosen, (list, tuple)) or not chosen:
+        raise ConfigError(f"suites is {suites!r}; give names of suites: {', '.join(known['tasks'])}")
+    for suite in chosen:
+        if suite not in known["tasks"]:
+            raise ConfigError(f"LIBERO has no suite {suite!r}; {suggest(str(suite), list(known['tasks']))}")
+    return {f"{suite}-{i}": (suite, i) for suite in chosen for i in range(known["tasks"][suite])}
 
 
 def _find_assets(given: str | Path | None, package: Path) -> Path:

@@ -65,6 +65,7 @@ class MetaWorldEnv(Env):
     max_steps = 500
     proprio_size: int | None = 26
     default_views = ("corner2", "topview", "gripperPOV")
+    known_views = VIEWS
 
     def __init__(self, views: Sequence[str] = (), image_size: int = 128) -> None:
         self._views = check_views("Meta-World", views, VIEWS, image_size)

@@ -65,6 +65,7 @@ class RobosuiteEnv(Env):
     max_steps = 400
     proprio_size: int | None = 9
     default_views = ("agentview", "robot0_eye_in_hand")
+    known_views = VIEWS
 
     def __init__(self, views: Sequence[str] = (), image_size: int = 128) -> None:
         self._views = check_views("robosuite", views, VIEWS, image_size)

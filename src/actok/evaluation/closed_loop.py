@@ -95,6 +95,7 @@ def replay_closed_loop(
     return {
         "mode": "closed loop",
         "env": env.name,
+        "env_options": env.options_as_json(),
         "horizon": common.pop() if len(common) == 1 else None,
         "limit": limit,
         "episodes": [{"task": e.task, "index": e.index} for e in chosen],

@@ -18,7 +18,7 @@ import numpy as np
 
 from actok.core import ConfigError, DataError
 from actok.core.files import atomic_path
-from actok.envs import Env, make_env
+from actok.envs import Env
 from actok.evaluation.trials import Trial
 from actok.evaluation.workers import Workers
 
@@ -44,11 +44,12 @@ def film_some(
     """Film `count` of these episodes, successes and failures in turn, tasks in turn, as far as there are any.
 
     For each a contact sheet (PNG) and, where PyAV is installed, a video (MP4) in `folder`, rendered in processes of
-    their own (in a script they need the guard `if __name__ == "__main__":`). Returns JSON values:
+    their own (in a script they need the guard `if __name__ == "__main__":`), by the environment that
+    `env.with_views` makes. Returns JSON values:
     [{task, number, success, steps, view, sheet, video (None without PyAV), reproduced}], files by name.
     """
     view = env.default_views[0]
-    camera = make_env(env.name, views=(view,), image_size=size)
+    camera = env.with_views((view,), size)
     stride = max(1, math.ceil(env.rate_hz / FRAMES_A_SECOND))
     chosen = _choose(trials, count)
     found = []
@@ -99,7 +100,10 @@ def film(camera: Env, trial: Trial, view: str, *, every: int = 1) -> tuple[np.nd
         assert start.seed is not None, "Start has checked it"
         observation = camera.reset(start.task, seed=start.seed)
     if view not in observation.images:
-        raise DataError(f"environment {camera.name!r} shows no view {view!r}; make it with views=({view!r},)")
+        raise DataError(
+            f"environment {camera.name!r} shows no view {view!r} (it shows {', '.join(observation.images) or 'none'});"
+            " name in default_views what it can show"
+        )
     frames, steps = [observation.images[view]], [0]
     solved = False
     for step, action in enumerate(trial.actions, start=1):
@@ -133,9 +137,13 @@ def contact_sheet(frames: np.ndarray, steps: np.ndarray, title: str, outcome: st
 
 
 def write_video(path: Path, frames: np.ndarray, rate_hz: float) -> Path:
-    """Frames uint8 [F, H, W, 3], H and W even, as H.264 in MP4 at that rate (or MPEG-4 where PyAV lacks x264), atomically."""
+    """Frames uint8 [F, H, W, 3] as H.264 in MP4 at that rate (or MPEG-4 where PyAV lacks x264), atomically.
+
+    The codecs want even sizes: where H or W is odd, the last row or column is there twice.
+    """
     import av
 
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream: Any = container.add_stream(codec, rate=Fraction(rate_hz).limit_denominator(1000))

@@ -9,6 +9,7 @@ the number of processes.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import zlib
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from actok.core.errors import ConfigError
+from actok.core.files import write_bytes
 from actok.data import Episode
 from actok.envs import Env, Observation
 from actok.evaluation.workers import Workers
@@ -29,8 +31,10 @@ SETTLE_STEPS = 10
 # Attempts at a task end, short of the asked number, at this many times as many (and at least at LEAST_ATTEMPTS).
 MOST_ATTEMPTS_PER_EPISODE = 3
 LEAST_ATTEMPTS = 10
+# What a recorded folder was collected with, and how that went.
+COLLECTION = "meta/actok/collection.json"
 
-__all__ = ["CollectReport", "Collection", "TaskReport", "collect", "demonstrate", "record_lerobot"]
+__all__ = ["COLLECTION", "CollectReport", "Collection", "TaskReport", "collect", "demonstrate", "record_lerobot"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +63,14 @@ class CollectReport:
     """What a collection gave.
 
     Attributes:
-        env, seed, noise: what it was collected with.
+        env, options, seed, noise: what it was collected with; options as JSON values.
         asked: episodes asked for of each task.
         tasks: by task.
         seconds: wall-clock time, the consumer's included.
     """
 
     env: str
+    options: dict[str, Any]
     seed: int
     noise: float
     asked: int
@@ -154,6 +159,7 @@ class Collection:
     ) -> None:
         self.report = CollectReport(
             env=env.name,
+            options=env.options_as_json(),
             seed=seed,
             noise=noise,
             asked=asked,
@@ -235,9 +241,14 @@ def collect(
 
 
 def record_lerobot(collection: Collection, env: Env, folder: str | Path) -> CollectReport:
-    """Write a collection as a LeRobot v3.0 dataset with instructions, sub-tasks, proprioception and start states."""
+    """Write a collection as a LeRobot v3.0 dataset with instructions, sub-tasks, proprioception and start states.
+
+    The report, without its seconds, is in COLLECTION beside them.
+    """
     from actok.data import write_lerobot
 
     collection._quiet = True  # the writer shows the progress
     write_lerobot(collection, Path(folder), space=env.space, rate_hz=env.rate_hz, version="v3.0")
+    told = {key: value for key, value in collection.report.to_dict().items() if key != "seconds"}
+    write_bytes(Path(folder) / COLLECTION, json.dumps(told, indent=1) + "\n")
     return collection.report

@@ -90,7 +90,7 @@ def replay(
     result is the same, bit for bit, whatever `workers` is; in a script, more than one needs the guard
     `if __name__ == "__main__":`.
 
-    Returns JSON values (docs/replay.md): "env", "horizon" (None where the tokenizers' differ), "episodes" [{task,
+    Returns JSON values (docs/replay.md): "env", "env_options" (what it was made with), "horizon" (None where the tokenizers' differ), "episodes" [{task,
     index}], "tokenizers" by name, "exact" first: {success: [bool], rate, ci95 (Wilson), per_task: {task: {n, success,
     rate, ci95}}, invalid: episodes with a chunk that did not decode, normalised_l1: mean absolute error of the decoded
     steps in units of half the 1 % to 99 % range of the replayed actions (None where nothing decoded), horizon,
@@ -128,6 +128,7 @@ def replay(
     common = set(horizons.values())
     return {
         "env": env.name,
+        "env_options": env.options_as_json(),
         "horizon": common.pop() if len(common) == 1 else horizon,
         "episodes": [{"task": e.task, "index": e.index} for e in chosen],
         "tokenizers": rows,

@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from actok.core import ActokError, ConfigError, SpaceMismatchError
-from actok.envs import Env, Observation, env_class, list_envs
+from actok.core import ActokError, ConfigError
+from actok.envs import Env, Observation
+from actok.evaluation.compatibility import cameras_of, check_environment, check_observation
 from actok.evaluation.intervals import success_rates
 from actok.evaluation.policy_calls import PolicyCalls, policy_facts
 from actok.evaluation.trials import Decider, Trial, run_trials
@@ -36,9 +37,7 @@ from actok.policies.base import Policy, PolicyObservation
 # Keeps the start states of rollouts apart from those of demonstrations of the same seed.
 DOMAIN = int.from_bytes(b"roll", "big")
 
-LEROBOT_IMAGES = "observation.images."
-
-__all__ = ["camera_of", "check_environment", "rollout", "start_seed", "training_tasks"]
+__all__ = ["rollout", "start_seed", "training_tasks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +75,7 @@ def rollout(
     tasks: Sequence[str] | None = None,
     episodes: int = 10,
     *,
+    cameras: Mapping[str, str] | None = None,
     seed: int = 0,
     head: str | None = None,
     execute: int | None = None,
@@ -95,6 +95,8 @@ def rollout(
         policy: of the environment's action space and rate.
         tasks: None: those of the policy's training data that the environment has.
         episodes: of each task.
+        cameras: view of the policy -> view of the environment, where their names differ; see
+            `actok.evaluation.compatibility.cameras_of`.
         seed: of start states and draws.
         head: of `policy.heads`; None: the first.
         execute: steps of each chunk that are executed; None: the whole chunk.
@@ -115,6 +117,7 @@ def rollout(
     unknown tasks, heads and settings.
     """
     names = _tasks(env, policy, tasks)
+    shown = cameras_of(policy, cameras)
     chosen = _Settings(
         episodes=episodes,
         seed=seed,
@@ -151,10 +154,11 @@ def rollout(
     calls = PolicyCalls(policy, chosen.head, seed, None if deadline_ms is None else deadline_ms / 1e3)
     begin = time.perf_counter()
     with VectorEnv(env, min(batch, len(trials)), workers) as vector, _bar(len(trials), progress) as bar:
-        run_trials(vector, trials, _Acting(calls, chosen), lambda _: bar.update())
+        run_trials(vector, trials, _Acting(calls, chosen, shown), lambda _: bar.update())
     seconds = time.perf_counter() - begin
     result = {
-        "env": {"name": env.name, "max_steps": env.max_steps, "rate_hz": env.rate_hz},
+        "env": {"name": env.name, "options": env.options_as_json(), "max_steps": env.max_steps, "rate_hz": env.rate_hz},
+        "cameras": shown,
         "policy": policy_facts(policy),
         "seed": seed,
         "head": chosen.head,
@@ -191,74 +195,16 @@ def _start_seed(env: Env, seed: int, task: str, number: int) -> int:
     return start_seed(seed, task, number) if env.starts is None else start_seed(seed, task, 0) + number
 
 
-def camera_of(view: str) -> str:
-    """An environment's name of a policy's view, which carries a prefix where the data came from a LeRobot folder."""
-    return view.removeprefix(LEROBOT_IMAGES)
-
-
 def training_tasks(policy: Policy) -> Mapping[str, float]:
     """Task -> mean length in steps of the demonstrations that the policy was trained on; empty where unknown."""
     return dict(policy.meta.get("task_steps") or {})
 
 
-def check_environment(policy: Policy, env: Env) -> None:
-    """Raise SpaceMismatchError where a policy does not belong in an environment, with what differs.
-
-    Views, and the size of a proprioception that `env.proprio_size` does not tell, show at the first observation.
-    """
-    where = f"environment {env.name!r}"
-    if found := policy.space.differences(env.space):
-        names = {group.name for group in policy.space.groups}
-        posed = [g.name for g in env.space.groups if g.kind == "joint" and f"{g.name}_position" in names]
-        if posed:
-            raise SpaceMismatchError(
-                f"the policy gives poses of the end effector, which a kinematic model made of the joints of"
-                f" {', '.join(posed)}; {where} takes joints, and a rollout does not turn poses back. Train on the joints:"
-                " leave out the [kinematics] table of the data's space"
-            )
-        raise SpaceMismatchError(
-            f"the policy does not act in the action space of {where}: {'; '.join(found)}; roll it out where its training"
-            " data came from"
-        )
-    rate = policy.space.rate_hz
-    if rate is not None and not math.isclose(rate, env.rate_hz, rel_tol=1e-6):
-        raise SpaceMismatchError(
-            f"the policy gives {rate:g} actions a second, {where} takes {env.rate_hz:g}; train it on data of that rate"
-        )
-    if env.proprio_size is not None:
-        _check_proprio(policy, env.proprio_size, where, _other_variant(env, policy.proprio))
-
-
-def _other_variant(env: Env, size: int) -> str:
-    """What gives a state of that size, in words: NAME-state for NAME, or the other way round; "" where it does not."""
-    name = env.name.removesuffix("-state") if env.name.endswith("-state") else f"{env.name}-state"
-    return f"{name!r} gives {size}" if name in list_envs() and env_class(name).proprio_size == size else ""
-
-
-def _check_proprio(policy: Policy, size: int, where: str, other: str = "") -> None:
-    if policy.proprio and policy.proprio != size:
-        raise SpaceMismatchError(
-            f"the policy reads a state of {policy.proprio} numbers, {where} gives {size}; roll it out where its"
-            f" training data came from ({other or 'NAME and NAME-state differ'})"
-        )
-
-
-def _check_observation(policy: Policy, observation: Observation) -> None:
-    _check_proprio(policy, len(observation.proprio), "the environment")
-    cameras = [camera_of(view) for view in policy.views]
-    if missing := [name for name in cameras if name not in observation.images]:
-        raise SpaceMismatchError(
-            f"the policy looks through {', '.join(cameras)}, the environment shows"
-            f" {', '.join(observation.images) or 'no images'}; make it with views={cameras}"
-            f" (missing: {', '.join(missing)})"
-        )
-
-
 class _Acting(Decider):
     """A policy's chunks, whole, in part, or averaged over time."""
 
-    def __init__(self, calls: PolicyCalls, settings: _Settings) -> None:
-        self._calls, self._settings = calls, settings
+    def __init__(self, calls: PolicyCalls, settings: _Settings, cameras: Mapping[str, str]) -> None:
+        self._calls, self._settings, self._cameras = calls, settings, cameras
         self._chunks: dict[int, list[tuple[int, np.ndarray]]] = {}  # by slot: (step at which it was predicted, [T, D])
         self._checked = False
 
@@ -266,9 +212,9 @@ class _Acting(Decider):
         """See Decider.decide."""
         if not self._checked:
             for observation in seen.values():
-                _check_observation(self._calls.policy, observation)
+                check_observation(self._calls.policy, self._cameras, observation)
             self._checked = True
-        acted = self._calls(_stacked(self._calls.policy, live, seen))
+        acted = self._calls(_stacked(self._calls.policy, self._cameras, live, seen))
         decided: dict[int, np.ndarray | str] = {}
         for b, (slot, trial) in enumerate(live.items()):
             if not acted.valid[b]:
@@ -292,12 +238,14 @@ class _Acting(Decider):
         return ((shares / shares.sum()) @ there)[None].astype(np.float32)
 
 
-def _stacked(policy: Policy, live: Mapping[int, Trial], seen: Mapping[int, Observation]) -> PolicyObservation:
+def _stacked(
+    policy: Policy, cameras: Mapping[str, str], live: Mapping[int, Trial], seen: Mapping[int, Observation]
+) -> PolicyObservation:
     observations = [seen[slot] for slot in live]
     return PolicyObservation(
         instruction=[trial.instruction for trial in live.values()],
         proprio=np.stack([o.proprio for o in observations]).astype(np.float32) if policy.proprio else None,
-        images={view: np.stack([o.images[camera_of(view)] for o in observations]) for view in policy.views},
+        images={view: np.stack([o.images[camera] for o in observations]) for view, camera in cameras.items()},
     )
 
 
