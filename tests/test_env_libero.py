@@ -8,15 +8,21 @@ import io
 import pickle
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import actok.envs.libero as adapter
-from actok.core import ConfigError, DataError, MissingExtraError
+from actok.core import ConfigError, DataError, MissingExtraError, SpaceMismatchError
 from actok.envs import env_class, list_envs, make_env
-from actok.envs.libero import ASSET_FOLDERS, SETTLE_STEPS
+from actok.envs.libero import ASSET_FOLDERS, SETTLE_STEPS, axis_angle
+from actok.evaluation import filming
+from actok.evaluation.compatibility import check_environment
+from actok.evaluation.trials import Trial
+from actok.evaluation.vector import Start
+from actok.evaluation.workers import Workers
 
 START_STATES, SIZE = 5, 11
 
@@ -165,6 +171,11 @@ def test_assets_are_found_by_the_variable_and_handed_to_libero(package, assets, 
         ({"suites": ["libero_spacial"]}, "did you mean 'libero_spatial'"),
         ({"views": ["topview"]}, "no view 'topview'"),
         ({"views": ["agentview"], "image_size": 4}, "image_size is 4"),
+        ({"suites": 90}, "suites is 90; give names of suites: libero_spatial, "),
+        ({"state": "euler"}, "state is 'euler'; give quaternion or axis-angle"),
+        ({"turned": "yes"}, "turned is 'yes'; give true or false"),
+        ({"stated_hz": 0}, "stated_hz is 0; give the rate"),
+        ({"sweets": 1}, "no option 'sweets'; it takes suites, assets, views, image_size, state, turned, stated_hz"),
     ],
 )
 def test_impossible_options_are_refused(env, assets, options: dict, words: str) -> None:
@@ -234,6 +245,97 @@ def test_observations_are_mapped(package, assets) -> None:
     image = observation.images["agentview"]
     assert np.argwhere(image[..., 0]).tolist() == [[30, 2]], "upright, not mirrored"
     assert simulators()[0].options["camera_names"] == ["agentview"]
+
+
+# -- as published data have it --------------------------------------------------------------------------------------------
+
+
+def test_the_rotation_vector_is_that_of_the_quaternion_as_it_comes() -> None:
+    transform = pytest.importorskip("scipy.spatial.transform")
+    quaternions = np.random.default_rng(0).normal(size=(101, 4))
+    quaternions /= np.linalg.norm(quaternions, axis=1, keepdims=True)
+    assert 20 < (quaternions[:, 3] < 0).sum() < 80
+    for quaternion in quaternions:
+        found = axis_angle(quaternion)
+        shortest = transform.Rotation.from_quat(quaternion).as_rotvec()
+        if quaternion[3] < 0:  # the long way round, about the opposite axis
+            angle = np.linalg.norm(shortest)
+            shortest = -shortest / angle * (2 * np.pi - angle)
+        assert np.allclose(found, shortest, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("w", [1.0, -1.0, 1 + 1e-9, -1 - 1e-9])
+def test_a_quaternion_without_an_axis_has_no_rotation_vector(w: float) -> None:
+    given = np.array([1e-12, 0.0, -1e-12, w])
+    assert np.array_equal(axis_angle(given), np.zeros(3))
+    assert given[3] == w, "it is the simulator's, and stays as it is"
+
+
+def test_the_rotation_vector_is_robosuites() -> None:
+    robosuite = pytest.importorskip("robosuite.utils.transform_utils")
+    for quaternion in np.random.default_rng(1).normal(size=(53, 4)):
+        quaternion /= np.linalg.norm(quaternion)
+        assert np.allclose(axis_angle(quaternion), robosuite.quat2axisangle(quaternion.copy()), rtol=0, atol=1e-12)
+
+
+def test_the_state_of_published_data_has_a_rotation_vector(env, assets) -> None:
+    usual = env.reset("libero_goal-0", seed=2)
+    published = make_env("libero", assets=assets, state="axis-angle")
+    observation = published.reset("libero_goal-0", seed=2)
+    assert (env.proprio_size, published.proprio_size) == (9, 8) == (len(usual.proprio), len(observation.proprio))
+    assert np.array_equal(observation.proprio[:3], usual.proprio[:3])
+    assert np.allclose(observation.proprio[3:6], np.pi * np.array([-0.8, 0.6, 0.0]), rtol=0, atol=1e-6)
+    assert np.array_equal(observation.proprio[6:], usual.proprio[7:])
+
+
+def test_turned_pictures_are_robosuites_by_180_degrees(package, assets) -> None:
+    env = make_env("libero", assets=assets, views=("agentview",), image_size=31, turned=True)
+    image = env.reset("libero_goal-0", seed=0).images["agentview"]
+    # robosuite's has its mark at row 0, column 2.
+    assert np.argwhere(image[..., 0]).tolist() == [[30, 28]]
+
+
+def test_a_stated_rate_is_no_other_simulation(env, assets) -> None:
+    slow = make_env("libero", assets=assets, stated_hz=10)
+    assert (env.rate_hz, slow.rate_hz, slow.space.rate_hz) == (20, 10, 10)
+    assert not slow.space.differences(env.space)
+    for each in (env, slow):
+        each.reset("libero_goal-0", seed=0)
+    assert [made.options["control_freq"] for made in simulators()] == [20, 20]
+
+
+def test_what_a_policy_of_published_data_needs_is_named(env, assets) -> None:
+    from test_rollout import Scripted
+
+    policy = Scripted(replace(env.space, rate_hz=10.0), proprio=8)
+    with pytest.raises(SpaceMismatchError, match=r"gives 10 actions a second, .* takes 20; .* with stated_hz=10$"):
+        check_environment(policy, env)
+    stated = make_env("libero", assets=assets, stated_hz=10)
+    with pytest.raises(
+        SpaceMismatchError, match=r"a state of 8 numbers, .* gives 9; .*with state=axis-angle it gives 8: `--env-set"
+    ):
+        check_environment(policy, stated)
+    check_environment(policy, make_env("libero", assets=assets, stated_hz=10, state="axis-angle"))
+
+
+def test_a_copy_and_a_film_have_the_options_of_the_original(package, assets, tmp_path, monkeypatch) -> None:
+    env = make_env("libero", suites=["libero_90"], assets=assets, state="axis-angle", turned=True)
+    copy = pickle.loads(pickle.dumps(env))
+    assert copy.tasks == env.tasks
+    assert len(copy.reset("libero_90-57", seed=1).proprio) == 8
+    trial = Trial(
+        start=Start(task="libero_90-57", seed=1),
+        number=0,
+        limit=3,
+        instruction="do thing 57",
+        steps=3,
+        executed=[np.zeros((3, 7), np.float32)],
+    )
+    monkeypatch.setattr(filming, "Workers", lambda made, count: Workers(pickle.loads(pickle.dumps(made)), 1))
+    (filmed,) = filming.film_some(env, [trial], 1, tmp_path, size=32)
+    assert (filmed["task"], filmed["view"], filmed["reproduced"]) == ("libero_90-57", "agentview", True)
+    assert [made.options.get("camera_heights") for made in simulators()] == [None, 32]
+    assert {made.assets for made in simulators()} == {str(assets)}
 
 
 def test_success_is_the_benchmarks_after_the_last_step(env) -> None:
