@@ -389,6 +389,10 @@ def test_a_policy_of_another_robot_is_refused() -> None:
     groups = (replace(SPACE.groups[0], unit="rad", kind="joint", mode="absolute", scale=None), SPACE.groups[1])
     with pytest.raises(SpaceMismatchError, match="position kind: joint against position"):
         tried(Scripted(replace(SPACE, groups=groups)))
+    stranger = Scripted(replace(SPACE, groups=groups))
+    stranger.meta = {"task_steps": {"fly": 3.0}}
+    with pytest.raises(SpaceMismatchError, match="joint against position"):  # not: name other tasks
+        tried(stranger, None)
     with pytest.raises(SpaceMismatchError, match="gives 9 actions a second, environment 'pointmass' takes 7"):
         tried(Scripted(replace(SPACE, rate_hz=9.0)))
     with pytest.raises(SpaceMismatchError, match="a state of 4 numbers, the environment gives 5"):

@@ -116,6 +116,7 @@ def rollout(
     Raises SpaceMismatchError where action space, rate, proprioception or views are not the policy's, ConfigError for
     unknown tasks, heads and settings.
     """
+    check_environment(policy, env)
     names = _tasks(env, policy, tasks)
     shown = cameras_of(policy, cameras)
     chosen = _Settings(
@@ -129,7 +130,6 @@ def rollout(
         record=record,
         deadline_ms=deadline_ms,
     )
-    check_environment(policy, env)
     _check_deadline(policy, chosen)
     if env.starts is not None and episodes > env.starts:
         warnings.warn(
