@@ -629,6 +629,10 @@ def test_what_the_policy_was_not_trained_on_is_refused():
         policy.act(replace(seen, images={"side": seen.images["front"]}))
     with pytest.raises(DataError, match="no instruction"):
         policy.act(replace(seen, instruction=["a", " ", "b"]))
+    with pytest.raises(DataError, match="instructions are 'push'; give a list"):
+        policy.act(replace(seen, instruction="push"))
+    with pytest.raises(DataError, match="instructions are none"):
+        policy.act(PolicyObservation(instruction=[], proprio=seen.proprio[:0]))
     other = replace(SPACE, groups=(replace(GROUPS[0], mode="absolute"), GROUPS[1]))
     with pytest.raises(SpaceMismatchError, match="absolute"):
         policy.check(other)

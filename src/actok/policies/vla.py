@@ -148,6 +148,9 @@ class VLA(Policy):
     def _checked(self, observation: PolicyObservation) -> PolicyObservation:
         """Raises DataError naming what is missing or of another size."""
         count = len(observation)
+        if isinstance(observation.instruction, str) or not count:
+            told = repr(observation.instruction) if count else "none"
+            raise DataError(f"the instructions are {told}; give a list, one text an observation, at least one")
         if self.state is not None:
             given = observation.proprio
             if given is None or np.shape(given) != (count, self.proprio):
