@@ -28,7 +28,7 @@ from actok.policies.prompt import StateRange, prompts
 from actok.policies.tiny import TinyConfig, TinyVLM
 from actok.policies.token_head import TokenHead, read_on, say
 from actok.policies.vla import VLA, VLAConfig
-from actok.training import fit_parts
+from actok.training import fit_parts, load
 from actok.training.policy_stages import policy_train_config
 
 B, T, D, P = 3, 7, 4, 5
@@ -584,10 +584,29 @@ def test_a_damaged_policy_is_refused(name, tmp_path):
         load_policy(folder)
 
 
+def test_an_edited_description_is_refused_and_one_laid_out_anew_is_not(tmp_path):
+    folder = policy_of().save_pretrained(tmp_path / "policy")
+    body = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(body, sort_keys=True))
+    assert load_policy(folder).horizon == T
+    body["horizon"] = T - 2
+    (folder / "config.json").write_text(json.dumps(body))
+    with pytest.raises(ArtifactError, match="edited after saving"):
+        load_policy(folder)
+
+
+def test_a_policy_in_place_of_its_tokenizer_is_named(tmp_path):
+    folder = policy_of().save_pretrained(tmp_path / "policy")
+    with pytest.raises(ArtifactError, match="holds a policy, not a tokenizer"):
+        load(folder)
+    assert load(folder / "tokenizer").kind == "bins"
+
+
 def test_a_policy_with_another_tokenizer_in_its_folder_is_refused(tmp_path):
     folder = policy_of("bins").save_pretrained(tmp_path / "policy")
     body = json.loads((folder / "config.json").read_text())
     body["tokenizer"] = "0" * 64
+    del body["integrity"]
     (folder / "config.json").write_text(json.dumps(body))
     with pytest.raises(ArtifactError, match="another tokenizer"):
         load_policy(folder)
@@ -605,7 +624,7 @@ def test_a_policy_with_another_tokenizer_in_its_folder_is_refused(tmp_path):
 def test_a_description_that_lacks_something_is_refused(key, message, tmp_path):
     folder = policy_of("bins").save_pretrained(tmp_path / "policy")
     body = json.loads((folder / "config.json").read_text())
-    del body[key]
+    del body[key], body["integrity"]
     (folder / "config.json").write_text(json.dumps(body))
     with pytest.raises(ArtifactError, match=message):
         load_policy(folder)

@@ -194,6 +194,11 @@ def read_artifact(folder_or_hub_id: str | Path, *, revision: str | None = None) 
         raise ArtifactError(
             f"{path} is not JSON ({error}); the file is truncated or edited, save the tokenizer again"
         ) from None
+    if isinstance(body, dict) and "policy" in body:
+        raise ArtifactError(
+            f"{folder} holds a policy, not a tokenizer; its tokenizer is {folder / 'tokenizer'}, the policy is for"
+            " load_policy and `actok rollout`"
+        )
     if not _is_artifact(body):
         raise ArtifactError(f"{path} does not describe an actok tokenizer; give a folder written by save_pretrained")
     claimed = body.pop("integrity", None)

@@ -13,7 +13,7 @@ from actok.core import ActionTokenizer, ArtifactError, find_class, read_artifact
 from actok.core.artifact import CONFIG_FILE, TENSOR_FILE, locate
 from actok.policies.base import Policy
 from actok.policies.prompt import StateRange
-from actok.policies.vla import BACKBONE, KIND, TOKENIZER, VERSION, VLA, VLAConfig
+from actok.policies.vla import BACKBONE, KIND, TOKENIZER, VERSION, VLA, VLAConfig, integrity
 from actok.policies.vocab import VocabularyMap
 
 __all__ = ["is_policy", "load_policy"]
@@ -45,6 +45,12 @@ def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: 
         raise ArtifactError(
             f"{folder_or_hub_id} holds a policy {body['policy']!r} of version {version}, this actok reads"
             f" {KIND!r} of version {VERSION}; upgrade actok, or train it again"
+        )
+    claimed = body.pop("integrity", None)  # policies of earlier days have none
+    if claimed not in (None, integrity(body)):
+        raise ArtifactError(
+            f"{folder / CONFIG_FILE} was edited after saving (integrity hash differs); copy it again, or change settings in"
+            " training"
         )
     contents = {name: _checked(folder, name, expected) for name, expected in body.get("files", {}).items()}
     tokenizer: ActionTokenizer

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +32,7 @@ from actok.policies.vocab import VocabularyMap
 KIND, VERSION = "vla", 1
 TOKENIZER, BACKBONE = "tokenizer", "backbone"
 
-__all__ = ["VLA", "VLAConfig"]
+__all__ = ["VLA", "VLAConfig", "integrity"]
 
 
 class VLA(Policy):
@@ -306,8 +307,6 @@ class VLA(Policy):
 
         Raises ArtifactError where the folder holds something else.
         """
-        from hashlib import sha256
-
         from safetensors.torch import save
 
         from actok import __version__
@@ -332,6 +331,7 @@ class VLA(Policy):
             "files": {name: sha256(content).hexdigest() for name, content in sorted(files.items())},
             "meta": {"actok_version": __version__, **self.meta},
         }
+        body["integrity"] = integrity(body)
         files[CONFIG_FILE] = (json.dumps(body, indent=2) + "\n").encode()
         return write_folder(Path(folder), files)
 
@@ -345,3 +345,8 @@ class VLA(Policy):
             raise SpaceMismatchError(
                 f"the policy acts at {self.space.rate_hz:g} Hz, not at {rate_hz:g}; give data of its rate"
             )
+
+
+def integrity(body: Mapping[str, Any]) -> str:
+    """Hash of what a config.json says, however it is laid out."""
+    return sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
