@@ -121,6 +121,8 @@ def test_whatever_an_untrained_policy_emits_decodes(name, temperature):
     assert acted.passes <= head_of(policy).plan.passes
     if layout.fixed_length is not None:
         assert acted.passes == len(layout.blocks)
+    else:  # no pass once the last one of the batch is whole
+        assert acted.passes == (acted.codes >= 0).sum(1).max() == acted.codes.shape[1]
 
 
 @pytest.mark.parametrize("expert", [0, 16])
@@ -362,6 +364,22 @@ def test_the_exact_velocity_of_one_chunk_has_no_loss_and_leads_to_it(monkeypatch
     acted = policy.act(given.observation)
     assert torch.allclose(torch.stack(moments[1:])[:, 0], torch.arange(7) / 7)
     assert np.allclose(policy.tokenizer.normalise(acted.actions), given.actions.numpy(), atol=1e-4)
+
+
+def test_a_flow_beyond_the_limits_is_moved_to_them_and_counted(monkeypatch):
+    policy = policy_of("bins", heads=("flow",), flow_expert=16)
+    push = torch.zeros(B, T, D)
+    push[1, :, 2], push[2, 0, 0] = 99.0, -99.0
+
+    def towards(seen, mixed, moment):
+        return (push - mixed) / (1 - moment)[:, None, None]
+
+    monkeypatch.setattr(policy.parts["flow"], "velocity", towards)
+    acted = policy.act(observation())
+    assert acted.valid.all()
+    assert acted.clipped.tolist() == [0, T, 1]
+    assert (acted.actions[1, :, 2] == 2).all()
+    assert acted.actions[2, 0, 0] == -2
 
 
 def test_the_steps_of_a_flowing_chunk_see_each_other_and_the_prompt():
@@ -686,6 +704,29 @@ def test_states_beyond_the_range_of_the_training_are_counted(state):
     far[1, :3] = (1.5, -2.0, 7.0)
     assert policy.act(seen).state_beyond.tolist() == [0, 0, 0]
     assert policy.act(replace(seen, proprio=far)).state_beyond.tolist() == [0, 3, 0]
+
+
+@pytest.mark.parametrize("state", ["text", "vector"])
+def test_the_state_is_read_by_its_range(state):
+    """In other units with the range in the same units, all is as before; in other units alone, not."""
+    policy, seen = policy_of("bins", state=state), observation()
+    see = policy._look(seen).embeds
+    other = replace(seen, proprio=4 * seen.proprio + np.arange(P, dtype=np.float32))
+    assert not torch.allclose(policy._look(other).embeds, see, atol=1e-3)
+    policy.state = StateRange(low=np.arange(P) - 4.0, high=np.arange(P) + 4.0)
+    assert torch.allclose(policy._look(other).embeds, see, atol=1e-5)
+
+
+def test_views_are_shown_in_the_policys_order_whatever_that_of_the_images():
+    policy = policy_of("bins", views=("front", "side"))
+    seen = observation(views=("front", "side"))
+    see = policy._look(seen).embeds
+    front, side = seen.images["front"], seen.images["side"]
+    assert torch.equal(policy._look(replace(seen, images={"side": side, "front": front, "top": side})).embeds, see)
+    direct = policy.backbone.prefix(prompts(seen.instruction, seen.proprio, policy.state, 256), [front, side])
+    assert torch.equal(see, direct.embeds)
+    swapped = policy._look(replace(seen, images={"front": side, "side": front})).embeds
+    assert not torch.allclose(swapped, see, atol=1e-3)
 
 
 def test_a_blind_policy_is_refused():
