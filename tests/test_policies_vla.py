@@ -228,6 +228,22 @@ def test_the_loss_of_a_block_does_not_depend_on_its_own_codes_or_later_ones(name
 
 
 @pytest.mark.parametrize("expert", [0, 16])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_loss_is_the_mean_over_all_codes_each_among_those_of_its_own_table(name, expert):
+    policy = policy_of(name, token_expert=expert)
+    head, given = head_of(policy), batch(policy)
+    seen = policy._see(policy._look(given.observation), given.observation)
+    chosen = head._plan_of(given.codes.shape[1])
+    codes = torch.nn.functional.pad(given.codes, (0, chosen.tokens - given.codes.shape[1]), value=-1)
+    ids = torch.where(codes >= 0, head.vocab.to_lm(codes.clamp(min=0), head.layout), head.vocab.end)
+    logits, expected = head.logits(seen, chosen, ids), []
+    for b, n in (codes >= 0).nonzero().tolist():
+        table = torch.from_numpy(head.vocab.ids_of(int(head.layout.table[n])))
+        expected.append(-logits[b, n, table].log_softmax(-1)[codes[b, n]])
+    assert torch.allclose(policy.losses(given)["tokens"], torch.stack(expected).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("expert", [0, 16])
 @pytest.mark.parametrize(("name", "block"), [*((n, None) for n in LAYOUTS), ("bins", 5), ("fast", 3), ("oat-tiny", 3)])
 def test_the_loss_of_a_block_has_no_gradient_to_the_embeddings_of_its_own_codes(name, block, expert, monkeypatch):
     """Nor to those of later ones, and one to those of the block before: ragged blocks and varying lengths too."""
