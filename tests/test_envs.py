@@ -31,7 +31,7 @@ def test_an_entry_point_adds_an_environment(monkeypatch: pytest.MonkeyPatch) -> 
     env = make_env("pointmass", view=True)
     assert isinstance(env, PointMass)
     assert env.view
-    with pytest.raises(ConfigError, match="no option 'veiw'; it takes view$"):
+    with pytest.raises(ConfigError, match=r"no option 'veiw'; it takes view$"):
         make_env("pointmass", veiw=True)
 
 
