@@ -1,6 +1,7 @@
 """Closed-loop rollouts: start states, vectorised environments, chunks in part and averaged, what is refused."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -399,6 +400,14 @@ def test_a_policy_of_another_robot_is_refused() -> None:
         tried(Scripted(proprio=4))
     with pytest.raises(SpaceMismatchError, match=r"looks through top, left.*shows no images.*missing: top, left"):
         tried(Scripted(views=("top", "left")))
+
+
+def test_another_robot_of_the_same_action_space_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"trained on 'cousin' and environment 'pointmass' is"):
+        tried(Scripted(replace(SPACE, embodiment="cousin")), ("near",), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tried(Scripted(), ("near",), 1)
 
 
 def test_a_policy_of_poses_is_not_let_loose_on_joints() -> None:

@@ -131,6 +131,12 @@ def rollout(
         deadline_ms=deadline_ms,
     )
     _check_deadline(policy, chosen)
+    if policy.space.embodiment != env.space.embodiment:
+        warnings.warn(
+            f"the policy was trained on {policy.space.embodiment!r} and environment {env.name!r} is {env.space.embodiment!r}:"
+            " the same action space, perhaps another robot",
+            stacklevel=2,
+        )
     if env.starts is not None and episodes > env.starts:
         warnings.warn(
             f"a task of environment {env.name!r} has {env.starts} start states, so {episodes} episodes repeat some; the"
