@@ -636,6 +636,18 @@ def test_a_policy_in_place_of_its_tokenizer_is_named(tmp_path):
     assert load(folder / "tokenizer").kind == "bins"
 
 
+def test_a_policy_and_a_tokenizer_do_not_replace_each_other(tmp_path):
+    policy = policy_of()
+    policy.save_pretrained(tmp_path / "policy")
+    policy.tokenizer.save_pretrained(tmp_path / "tok")
+    with pytest.raises(ArtifactError, match="tok holds a tokenizer, which would be lost"):
+        policy.save_pretrained(tmp_path / "tok")
+    with pytest.raises(ArtifactError, match="policy holds a policy, which would be lost"):
+        policy.tokenizer.save_pretrained(tmp_path / "policy")
+    assert load(policy.tokenizer.save_pretrained(tmp_path / "tok")).kind == "bins"
+    assert load_policy(policy.save_pretrained(tmp_path / "policy")).horizon == T
+
+
 def test_a_policy_with_another_tokenizer_in_its_folder_is_refused(tmp_path):
     folder = policy_of("bins").save_pretrained(tmp_path / "policy")
     body = json.loads((folder / "config.json").read_text())

@@ -69,14 +69,19 @@ def _canonical(value: Any) -> bytes:
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
     """Write a folder of files so that it is complete or unchanged: beside it first, then one rename.
 
-    Raises ArtifactError where the target is not a folder or holds files that are not of an artifact, such as another
-    model's config.json.
+    Raises ArtifactError where the target is not a folder, holds files that are not of an artifact, such as another
+    model's config.json, or holds a policy where a tokenizer is written, or the other way round.
     """
     folder = folder.resolve()  # a link stays one: the folder it leads to is replaced
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; name a folder")
     present = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    replaced = _artifact_files(folder)
+    body = _artifact_body(folder)
+    replaced = set() if body is None else {CONFIG_FILE, *(name.partition("/")[0] for name in body.get("files", ()))}
+    if body is not None and _is_policy(body) != _is_policy(json.loads(files.get(CONFIG_FILE, b"{}"))):
+        raise ArtifactError(
+            f"{folder} holds a {'policy' if _is_policy(body) else 'tokenizer'}, which would be lost; name a new or empty folder"
+        )
     foreign = sorted(present - {name.partition("/")[0] for name in files} - replaced)
     if not replaced and (foreign or CONFIG_FILE in present):
         found = CONFIG_FILE if CONFIG_FILE in present else foreign[0]
@@ -106,19 +111,21 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
     return folder
 
 
-def _artifact_files(folder: Path) -> set[str]:
-    """Names of the files of the artifact that a folder holds; empty where it holds none of this library."""
+def _artifact_body(folder: Path) -> dict[str, Any] | None:
+    """What the config.json of the artifact that a folder holds says; None where it holds none of this library."""
     try:
         body = json.loads((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
-        return set()
-    if not _is_artifact(body):
-        return set()
-    return {CONFIG_FILE, *(name.partition("/")[0] for name in body.get("files", ()))}
+        return None
+    return body if _is_artifact(body) else None
 
 
 def _is_artifact(body: Any) -> bool:
     return isinstance(body, dict) and "schema_version" in body and "tokenizer" in body
+
+
+def _is_policy(body: Any) -> bool:
+    return isinstance(body, dict) and "policy" in body
 
 
 def artifact_files(artifact: Artifact) -> dict[str, bytes]:
@@ -194,7 +201,7 @@ def read_artifact(folder_or_hub_id: str | Path, *, revision: str | None = None) 
         raise ArtifactError(
             f"{path} is not JSON ({error}); the file is truncated or edited, save the tokenizer again"
         ) from None
-    if isinstance(body, dict) and "policy" in body:
+    if _is_policy(body):
         raise ArtifactError(
             f"{folder} holds a policy, not a tokenizer; its tokenizer is {folder / 'tokenizer'}, the policy is for"
             " load_policy and `actok rollout`"
