@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from results.policies import BLOCKS_OF, FLOW_EXPERT, TOKEN_EXPERT
-from results.policies_success_pages import NOTHING, made_by, rate_cell, seed_cells, short
+from results.policies import BLOCKS_OF, FLOW_EXPERT, TOKEN_EXPERT, PolicyJob
+from results.policies_success_pages import NOTHING, commands, made_by, rate_cell, seed_cells, short
 from results.policies_tables import exceeding
 
 # X-Tokenizer's authors (arXiv 2606.14752): mean progress on seven tasks of real robots, per cent.
@@ -29,7 +29,7 @@ STAGES = ("images", "prefix", "pass", "actions", "decode", "total")
 __all__ = ["PUBLISHED_BLOCKS", "PUBLISHED_HYBRID", "blocks_page", "hybrid_page", "latency_page", "ordering"]
 
 
-def hybrid_page(body: Mapping[str, Any]) -> str:
+def hybrid_page(body: Mapping[str, Any], jobs: Iterable[PolicyJob] = ()) -> str:
     """Success of the flow head by what stood beside it in training."""
     lines = [
         "# Do tokens help a policy that does not act through them?",
@@ -59,7 +59,16 @@ def hybrid_page(body: Mapping[str, Any]) -> str:
         )
     rates = {name: heads["flow"]["rate"] for name, heads in body["variants"].items()}
     invalid = sum(part["invalid"] for heads in body["variants"].values() for part in heads.values() if part)
-    lines += ["", f"Invalid chunks: {invalid}.", "", ordering(rates, body["published"]), "", exceeding(body["pairs"])]
+    lines += [
+        "",
+        f"Invalid chunks: {invalid}.",
+        "",
+        ordering(rates, body["published"]),
+        "",
+        exceeding(body["pairs"]),
+        "",
+        *commands(jobs),
+    ]
     return "\n".join(lines)
 
 
@@ -76,7 +85,7 @@ def ordering(rates: Mapping[str, float], published: Mapping[str, float]) -> str:
     return f"The published order ({' < '.join(wanted)}) does not appear; here it is {told}."
 
 
-def blocks_page(body: Mapping[str, Any]) -> str:
+def blocks_page(body: Mapping[str, Any], jobs: Iterable[PolicyJob] = ()) -> str:
     """Success and time by block size, with and without expert."""
     lines = [
         "# Block-wise and token-wise",
@@ -110,6 +119,8 @@ def blocks_page(body: Mapping[str, Any]) -> str:
         "",
         *_ratio(body["variants"]),
         exceeding(body["pairs"]),
+        "",
+        *commands(jobs),
     ]
     return "\n".join(lines)
 

@@ -29,16 +29,20 @@ def write_policy_pages(studio: Studio, chosen: Mapping[str, PolicyJob] = POLICY_
         text = portable(json.dumps(body, indent=1) + "\n", studio.places.data_root)
         write_bytes(studio.pages / f"{name}.json", text)
 
+    def of_page(body: Mapping[str, Any], suite: str, part: str) -> list[PolicyJob]:
+        of_seed = [j for j in chosen.values() if (j.suite, j.seed) == (suite, min(policies.SEEDS)) and part in j.parts]
+        return [job for job in of_seed if job.variant in body["variants"]]
+
     bodies = {}
     for suite in policies.SUITES:
         body = success_body(studio, suite, chosen)
         if body["variants"]:
             draw_success(body, studio.pages / f"{suite}.png")
-        write(suite, success_page(suite, body), body)
+        write(suite, success_page(suite, body, of_page(body, suite, "tokenizers")), body)
         bodies[suite] = body
     hybrid, blocks = hybrid_body(studio, chosen), blocks_body(studio, chosen)
-    write("hybrid", hybrid_page(hybrid), hybrid)
-    write("blocks", blocks_page(blocks), blocks)
+    write("hybrid", hybrid_page(hybrid, of_page(hybrid, "metaworld", "hybrid")), hybrid)
+    write("blocks", blocks_page(blocks, of_page(blocks, "metaworld", "blocks")), blocks)
     measured = latency_body(studio)
     write("latency", latency_page(measured), measured)
     page = index_page(bodies, hybrid, blocks, scale=studio.places.scale)

@@ -17,6 +17,7 @@ __all__ = ["draw_success"]
 def draw_success(body: Mapping[str, Any], path: Path) -> Path | None:
     """One point a tokenizer with its interval; on the right against the error of its chunks. None where there is no point."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     variants = {name: row for name, row in body["variants"].items() if row["tokens"] is not None}
     if not variants:
@@ -34,6 +35,9 @@ def draw_success(body: Mapping[str, Any], path: Path) -> Path | None:
             panels[1].errorbar(row["codec"]["l1"], rate, yerr=spread, capsize=2, linestyle="none", **style)
     for panel in panels:
         panel.grid(alpha=0.3)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png", metadata={"Software": None})

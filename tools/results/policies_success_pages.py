@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from actok.policies.presets import find_policy_preset
-from results.policies import EXECUTE, HORIZON, LIMIT, MAIN, POLICY_STEPS, PRESET, SEEDS
+from results.places import SEED
+from results.policies import (
+    BATCH,
+    EXECUTE,
+    HORIZON,
+    LIMIT,
+    MAIN,
+    POLICY_STEPS,
+    PRESET,
+    SEEDS,
+    SUITES,
+    TOKENIZERS,
+    PolicyJob,
+    Suite,
+    TokenizerJob,
+)
 from results.policies_tables import exceeding
+from results.training import assignments
 
 COMMAND = "make results ONLY=policies TEACHER=..."
 NOTHING = "Nothing is measured yet."
@@ -17,6 +34,7 @@ STATE = {"text": "as text", "vector": "as a vector", "none": "not at all"}
 __all__ = [
     "COMMAND",
     "NOTHING",
+    "commands",
     "conditions",
     "index_page",
     "made_by",
@@ -56,6 +74,44 @@ def made_by(found: Mapping[str, Any] | None) -> str:
     )
 
 
+def commands(jobs: Iterable[PolicyJob]) -> list[str]:
+    """What fits the tokenizers, trains these policies and rolls one of them out; in capitals what lies where."""
+    jobs = list(jobs)
+    if not jobs:
+        return []
+    suite = SUITES[jobs[0].suite]
+    lines = [_fit(TOKENIZERS[name], suite) for name in dict.fromkeys(job.tokenizer for job in jobs)]
+    for job in jobs:
+        text = [
+            "actok",
+            "train-policy",
+            "--policy",
+            PRESET,
+            "--tokenizer",
+            f"TOKENIZERS/{job.tokenizer}",
+            "--data",
+            "DATA",
+        ]
+        text += ["--seed", str(SEED), "--train", *assignments({"steps": POLICY_STEPS, "seed": job.seed})]
+        text += ["--set", *assignments(job.settings)] if job.settings else []
+        lines.append(shlex.join([*text, "--out", f"POLICIES/{job.variant}"]))
+    heads = "|".join(dict.fromkeys(head for job in jobs for head in job.heads))
+    lines += [
+        f"actok rollout --policy POLICIES/NAME --env {suite.env}/{','.join(suite.tasks)} --episodes {suite.episodes}"
+        f" --seed {jobs[0].seed} --head {heads} --execute {EXECUTE} --limit {LIMIT:g} --batch {BATCH} --out ROLLOUT"
+    ]
+    return [f"Commands, of seed {jobs[0].seed}:", "", "```", *lines, "```"]
+
+
+def _fit(job: TokenizerJob, suite: Suite) -> str:
+    text = ["actok", "fit", job.preset, "--data", "DATA", "--horizon", str(HORIZON), "--seed", str(SEED)]
+    if job.steps is not None:
+        text += ["--train", f"steps={round(job.steps * suite.share)}"]
+    text += ["--features", "FEATURES"] if job.features else []
+    text += ["--align", *assignments(job.align)] if job.align else []
+    return shlex.join([*text, "--out", f"TOKENIZERS/{job.name}"])
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -93,8 +149,8 @@ def recipe(steps: int, demonstrations: int) -> str:
     )
 
 
-def success_page(suite: str, body: Mapping[str, Any]) -> str:
-    """One suite: the table, who differs, task by task, and whether errors predict success."""
+def success_page(suite: str, body: Mapping[str, Any], jobs: Iterable[PolicyJob] = ()) -> str:
+    """One suite: the table, who differs, task by task, and whether errors predict success; `jobs` are those of a seed."""
     about = body["suite"]
     lines = [
         f"# Success by tokenizer: {about['env']}",
@@ -132,9 +188,12 @@ def success_page(suite: str, body: Mapping[str, Any]) -> str:
     lines += [
         "",
         "invalid: episodes that ended because a chunk could not be decoded. tokens: of a training chunk, mean. passes:"
-        " forward passes that emitted a chunk's tokens, mean over the rollouts. ms: median time of a chunk for one observation"
+        " forward passes that emitted a chunk's tokens, mean over the rollouts; of a batch of chunks as many as the longest needs."
+        " ms: median time of a chunk for one observation"
         " on one thread, measured beside other work ([alone](latency.md)). l1: mean error of held-out chunks through the"
         " tokenizer, normalised units.",
+        "",
+        *commands(jobs),
         "",
         "## Which differences exceed the interval",
         "",
@@ -218,11 +277,15 @@ def index_page(
         *_main_table(bodies),
         "",
         "```",
-        "actok collect --env metaworld-state --tasks TASK,... --episodes 100 --out DATA",
-        f"actok fit fast --data DATA --horizon {HORIZON} --out TOKENIZER",
-        f"actok train-policy --tokenizer TOKENIZER --data DATA --train steps={POLICY_STEPS} --out POLICY",
-        f"actok rollout --policy POLICY --env metaworld-state --episodes 20 --execute {EXECUTE} --out ROLLOUT",
+        *(
+            f"actok collect --env {suite.env} --tasks {','.join(suite.tasks)} --seed {SEED} --episodes {suite.demonstrations}"
+            f" --out {suite.data}"
+            for suite in SUITES.values()
+        ),
+        "actok features --data DATA --teacher sentence-transformers/all-MiniLM-L6-v2 --out FEATURES",
         "```",
+        "",
+        "How each tokenizer is fitted and each policy trained and rolled out stands on the pages.",
         "",
         f"Rolled out: {_count(bodies, hybrid, blocks)} variants.",
     ]
