@@ -252,6 +252,31 @@ def test_errors_name_the_value_and_the_remedy(place, capsys):
     assert not (place / "z").exists()
 
 
+def test_a_folder_that_the_outcome_cannot_go_into_is_refused_before_data_are_read(place, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("remember the milk")
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text('{"schema_version": 1, "policy": "vla", "tokenizer": "0"}')
+    nowhere = ["--data", str(tmp_path / "nowhere")]
+    fit, learn = ["fit", "fast", *nowhere], ["fit", "vqbet-tiny", *nowhere]
+    train = ["train-policy", "--tokenizer", "fast", *nowhere]
+    new = str(tmp_path / "new")
+    for arguments, words in (
+        ([*fit, "--out", str(tmp_path / "notes")], "notes holds 'todo.txt' and no tokenizer"),
+        ([*fit, "--out", str(tmp_path / "policy")], "holds a policy, which would be lost"),
+        ([*fit, "--out", str(place / "demos.npz")], "is a file"),
+        ([*learn, "--out", new, "--run", str(tmp_path / "notes")], "something else than a training run"),
+        ([*train, "--out", str(tmp_path / "notes")], "notes holds 'todo.txt' and no policy"),
+        ([*train, "--out", str(place / "tok")], "holds a tokenizer, which would be lost"),
+        ([*train, "--out", new, "--run", str(tmp_path / "notes")], "something else than a training run"),
+        ([*train, "--out", new, "--run", f"{new}/run"], "is in --out"),
+        ([*train, "--out", str(tmp_path / "policy")], "nowhere"),  # a policy may be replaced by one
+        ([*fit, "--out", str(place / "tok")], "nowhere"),
+    ):
+        assert words in fails(arguments, capsys), arguments
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", "policy"}
+
+
 def test_published_files_without_an_action_space(place, capsys):
     actok.load(place / "tok").to_published(place / "published")
     processor = place / "published" / "processor_config.json"

@@ -544,7 +544,8 @@ def test_a_policy_on_a_published_backbone_trains_what_it_is_told(bins, tmp_path)
     assert found["expert"] == {name for name, _ in policy.named_parameters() if name.startswith("parts.tokens.")}
 
 
-def test_settings_are_refused_before_data_are_read(bins):
+def test_settings_are_refused_before_data_are_read(bins, tmp_path):
+    (tmp_path / "todo.txt").write_text("remember the milk")
     for options, message in (
         ({"preset": "actok-vla-tinny"}, "did you mean 'actok-vla-tiny'"),
         ({"settings": {"blok": 3}}, "has no setting 'blok'; did you mean 'block'"),
@@ -556,6 +557,7 @@ def test_settings_are_refused_before_data_are_read(bins):
         ),
         ({"training": {"compile": True}}, "compile is no setting of a policy"),
         ({"resume": True}, "without a run folder"),
+        ({"run": tmp_path}, "holds something else than a training run"),
     ):
         with pytest.raises(ConfigError, match=message):
             train_policy("nowhere", bins, progress=False, **options)

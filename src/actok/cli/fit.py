@@ -21,7 +21,7 @@ OPTIONS = {
     "alignment": "--align",
 }
 
-__all__ = ["first_process", "leave_processes", "run", "training_settings"]
+__all__ = ["check_out", "first_process", "leave_processes", "run", "training_settings"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from actok.data import list_mixtures, load_mixture
     from actok.training import fit
 
+    check_out(args, policy=False)
     settings = parse_assignments(args.set)
     if taken := [key for key in settings if key in OPTIONS]:
         raise ConfigError(f"--set {taken[0]} is no setting of a tokenizer; give {OPTIONS[taken[0]]}")
@@ -95,6 +96,17 @@ def training_settings(args: argparse.Namespace) -> dict[str, Any]:
                 raise ConfigError(f"{key} is given twice, by {option} and by --train; give it once")
             training[key] = value
     return training
+
+
+def check_out(args: argparse.Namespace, *, policy: bool) -> None:
+    """Refuse a folder that the outcome could not be saved in, before anything is read or trained."""
+    from actok.core import ConfigError, check_folder
+
+    if not first_process():
+        return
+    check_folder(args.out, policy=policy)
+    if args.run and Path(args.run).resolve().is_relative_to(Path(args.out).resolve()):
+        raise ConfigError(f"--run {args.run} is in --out, which the outcome alone is saved in; name another folder")
 
 
 def _tell(args: argparse.Namespace, tokenizer: Any) -> None:

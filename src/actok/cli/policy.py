@@ -8,16 +8,20 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from actok.cli.fit import first_process, leave_processes, training_settings
+from actok.cli.fit import check_out, first_process, leave_processes, training_settings
 
-__all__ = ["run"]
+__all__ = ["run", "training_text"]
 
 
 def run(args: argparse.Namespace) -> int:
     """Train on the training episodes, save, and say what was made."""
     from actok.core import ConfigError, parse_assignments
     from actok.training.policy import policy_tokenizer, train_policy
+    from actok.training.run_folder import check_run
 
+    check_out(args, policy=True)
+    folder = args.run or f"{args.out.rstrip(os.sep)}-run"
+    check_run(folder, resume=args.resume)
     settings = parse_assignments(args.set)
     if args.backbone is not None:
         if "backbone" in settings:
@@ -37,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             settings=settings,
             training=training,
-            run=args.run or f"{args.out.rstrip(os.sep)}-run",
+            run=folder,
             resume=args.resume,
         )
     except KeyboardInterrupt as stopped:
@@ -47,30 +51,30 @@ def run(args: argparse.Namespace) -> int:
             return 130
         raise
     if first_process():
-        folder = policy.save_pretrained(args.out)
-        print(_text(policy))
-        print(
-            f"{args.policy} saved in {folder}; let it act with: actok rollout --policy {args.out} --env ENV --out DIR"
-        )
+        saved = policy.save_pretrained(args.out)
+        print(training_text(policy))
+        print(f"{args.policy} saved in {saved}; let it act with: actok rollout --policy {args.out} --env ENV --out DIR")
     leave_processes()
     return 0
 
 
-def _text(policy: Any) -> str:
-    """What was trained, on what, and how it went."""
+def training_text(policy: Any) -> str:
+    """What a policy was trained on, and how it went; without a training in its meta, that it was not."""
     meta: Mapping[str, Any] = policy.meta
     lines = [
         f"{facts['name']}: {facts['train_episodes']} training episodes, {facts['frames']} frames; action space"
         f" {facts['space_origin']}"
-        for facts in meta["data"]
+        for facts in meta.get("data", [])
     ]
-    tokens, passes = meta["tokens"], meta.get("passes")
-    told = "" if passes is None else f", emitted in {passes:.4g} passes"
-    lines.append(
-        f"chunks of {policy.horizon} steps are {tokens['mean']:.4g} tokens (at most {tokens['most']}) of the tokenizer"
-        f" {policy.tokenizer.kind}{told}; heads: {', '.join(policy.heads)}"
-    )
-    summary = meta["training"]
+    if (tokens := meta.get("tokens")) is not None:
+        passes = meta.get("passes")
+        told = "" if passes is None else f", emitted in {passes:.4g} passes"
+        lines.append(
+            f"chunks of {policy.horizon} steps are {tokens['mean']:.4g} tokens (at most {tokens['most']}) of the tokenizer"
+            f" {policy.tokenizer.kind}{told}; heads: {', '.join(policy.heads)}"
+        )
+    if (summary := meta.get("training")) is None:
+        return "\n".join([*lines, "not trained by actok train-policy"])
     lines.append(
         f"trained {summary['steps']} steps ({summary['epochs']:.1f} epochs) in {summary['seconds']:.0f} s on"
         f" {summary['device']}: {summary['chunks_per_s']:.0f} samples/s, {summary['waiting']:.0%} of the time waiting for"

@@ -1,7 +1,7 @@
 """Types, shape letters, the abstract classes, layouts, registry and artifact format. Everything rests on this."""
 
 from actok.core.arrays import as_float_batch, as_ids, is_torch, like, to_numpy
-from actok.core.artifact import Artifact, read_artifact, write_folder
+from actok.core.artifact import Artifact, check_folder, read_artifact, write_folder
 from actok.core.codec import CodecBatch, CodecOutput
 from actok.core.config import build_config, merge_settings, parse_assignments
 from actok.core.constraint import Constraint, FixedLengthConstraint
@@ -45,6 +45,7 @@ __all__ = [
     "as_float_batch",
     "as_ids",
     "build_config",
+    "check_folder",
     "find_class",
     "find_preset",
     "is_torch",

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,16 @@ TENSOR_FILE = "model.safetensors"
 # How a config of version n becomes one of version n + 1. A new schema version adds one entry; none is ever removed.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
-__all__ = ["Artifact", "artifact_files", "locate", "push_artifact", "read_artifact", "write_artifact", "write_folder"]
+__all__ = [
+    "Artifact",
+    "artifact_files",
+    "check_folder",
+    "locate",
+    "push_artifact",
+    "read_artifact",
+    "write_artifact",
+    "write_folder",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +82,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
     model's config.json, or holds a policy where a tokenizer is written, or the other way round.
     """
     folder = folder.resolve()  # a link stays one: the folder it leads to is replaced
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; name a folder")
-    present = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    body = _artifact_body(folder)
-    replaced = set() if body is None else {CONFIG_FILE, *(name.partition("/")[0] for name in body.get("files", ()))}
-    if body is not None and _is_policy(body) != _is_policy(json.loads(files.get(CONFIG_FILE, b"{}"))):
-        raise ArtifactError(
-            f"{folder} holds a {'policy' if _is_policy(body) else 'tokenizer'}, which would be lost; name a new or empty folder"
-        )
-    foreign = sorted(present - {name.partition("/")[0] for name in files} - replaced)
-    if not replaced and (foreign or CONFIG_FILE in present):
-        found = CONFIG_FILE if CONFIG_FILE in present else foreign[0]
-        raise ArtifactError(f"{folder} holds {found!r} and no tokenizer; name a new or empty folder")
+    foreign = _kept(folder, files, policy=_is_policy(json.loads(files.get(CONFIG_FILE, b"{}"))))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -109,6 +106,33 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def check_folder(folder: str | Path, *, policy: bool) -> None:
+    """Raise ArtifactError where `write_folder` would refuse to save a policy (else a tokenizer) there.
+
+    What takes long asks before it begins.
+    """
+    _kept(Path(folder).resolve(), (CONFIG_FILE, TENSOR_FILE), policy=policy)
+
+
+def _kept(folder: Path, files: Iterable[str], *, policy: bool) -> list[str]:
+    """Names in a folder that stay beside these files. Raises ArtifactError where the files must not be written there."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; name a folder")
+    present = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    body = _artifact_body(folder)
+    replaced = set() if body is None else {CONFIG_FILE, *(name.partition("/")[0] for name in body.get("files", ()))}
+    if body is not None and _is_policy(body) != policy:
+        raise ArtifactError(
+            f"{folder} holds a {'policy' if _is_policy(body) else 'tokenizer'}, which would be lost; name a new or empty folder"
+        )
+    foreign = sorted(present - {name.partition("/")[0] for name in files} - replaced)
+    if not replaced and (foreign or CONFIG_FILE in present):
+        found = CONFIG_FILE if CONFIG_FILE in present else foreign[0]
+        what = "policy" if policy else "tokenizer"
+        raise ArtifactError(f"{folder} holds {found!r} and no {what}; name a new or empty folder")
+    return foreign
 
 
 def _artifact_body(folder: Path) -> dict[str, Any] | None:

@@ -192,6 +192,10 @@ def fit(
         raise ConfigError(f"max_chunks is {max_chunks}; give at least 1")
     if target.learned:
         _configs(name, settings, training)  # refuses what cannot be used before any data are read
+    if run is not None:
+        from actok.training.run_folder import check_run
+
+        check_run(run, resume=resume)
     ratios = None
     if isinstance(data, Mixture):
         ratios, data = data.ratios, data.open()

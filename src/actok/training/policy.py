@@ -37,7 +37,7 @@ from actok.training.fitting import fit, load
 from actok.training.policy_data import PolicyData
 from actok.training.policy_stages import policy_train_config
 from actok.training.policy_trainer import PolicyTrainer
-from actok.training.run_folder import RunFolder
+from actok.training.run_folder import RunFolder, check_run
 
 # Of the state's numbers, what a policy takes as their range.
 LOW, HIGH = 0.01, 0.99
@@ -92,6 +92,8 @@ def train_policy(
     backbone, config = _settings(preset, settings or {})
     found = find_policy_preset(preset)
     trained = policy_train_config(found.training, training or {}, repr(preset))
+    if run is not None:
+        check_run(run, resume=resume)
     if not isinstance(tokenizer, ActionTokenizer):
         tokenizer = load(tokenizer)
     samples = PolicyData.build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,16 @@ PACKAGES = ("numpy", "torch", "accelerate", "safetensors")
 # Settings of a run that change nothing in what it computes, so that a resumed run may have others.
 FREE = ("checkpoint_every", "log_every", "track")
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "check_run"]
+
+
+def check_run(path: str | Path, *, resume: bool = False) -> None:
+    """Raise ConfigError where `RunFolder` would refuse the folder whatever the run is; nothing is written.
+
+    What reads data first asks before it does. Of several processes the first one asks, as it is the one that writes.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        _check(Path(path), _read(Path(path)), resume)
 
 
 class RunFolder:
@@ -45,11 +55,9 @@ class RunFolder:
             self._open(resume)
 
     def _open(self, resume: bool) -> None:
-        known = self._read()
-        if known is None:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise ConfigError(f"{self.path} holds something else than a training run; name a new folder (--run)")
-        elif resume:
+        known = _read(self.path)
+        _check(self.path, known, resume)
+        if known is not None and resume:
             if found := _differences(known["identity"], self.identity):
                 raise ConfigError(
                     f"the run in {self.path} cannot be resumed as another: {'; '.join(found[:3])}"
@@ -57,22 +65,10 @@ class RunFolder:
                     " another folder (--run)"
                 )
             return
-        elif not known.get("finished"):
-            raise ConfigError(
-                f"{self.path} holds an unfinished run; go on with it (--resume), or delete it, or name another folder"
-                " (--run)"
-            )
-        else:
+        if known is not None:
             (self.path / LOG).unlink(missing_ok=True)
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         self._write({"format": FORMAT, "identity": self.identity, **circumstances(PACKAGES), "finished": None})
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            body = json.loads((self.path / RUN).read_bytes())
-        except (OSError, ValueError):
-            return None
-        return body if isinstance(body, dict) and body.get("format") == FORMAT else None
 
     def _write(self, body: Mapping[str, Any]) -> None:
         write_bytes(self.path / RUN, json.dumps(body, indent=1) + "\n")
@@ -103,7 +99,27 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Note that the run is complete."""
-        self._write({**(self._read() or {}), "finished": dict(summary)})
+        self._write({**(_read(self.path) or {}), "finished": dict(summary)})
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What run.json says, None where there is no run."""
+    try:
+        body = json.loads((path / RUN).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return body if isinstance(body, dict) and body.get("format") == FORMAT else None
+
+
+def _check(path: Path, known: Mapping[str, Any] | None, resume: bool) -> None:
+    """Refuse what is no run, and a run that would be lost."""
+    if known is None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"{path} holds something else than a training run; name a new folder (--run)")
+    elif not resume and not known.get("finished"):
+        raise ConfigError(
+            f"{path} holds an unfinished run; go on with it (--resume), or delete it, or name another folder (--run)"
+        )
 
 
 def _whole(line: str) -> dict[str, Any] | None:
