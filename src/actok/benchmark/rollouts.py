@@ -83,6 +83,7 @@ def roll_out(
     image_size: int | None = None,
     cameras: Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
+    decoding: Mapping[str, Any] | None = None,
     record: int | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], Path]:
@@ -97,17 +98,23 @@ def roll_out(
         device: as torch names it.
         image_size: of the policy's views, height and width in pixels; None: as in training.
         cameras, options: see `environment_for`.
+        decoding: how the policy draws its actions, over what was saved; see `Policy.with_decoding`.
         record: episodes to film; None: 2 where the environment has cameras.
         settings: see `actok.evaluation.rollout.rollout`.
+
+    Nothing is written, and no folder made, before the episodes are over. Raises ConfigError as `environment_for` and
+    `rollout` do, and where `out` is a file.
     """
     from actok.evaluation.rollout import rollout
     from actok.policies.load import load_policy
 
     name, tasks = split_env(env)
-    loaded = load_policy(policy, device=device)
-    simulator = environment_for(loaded, name, image_size, cameras=cameras, options=options)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out is {folder}, which is a file; name a folder")
+    given = dict(decoding or {})
+    loaded = load_policy(policy, device=device).with_decoding(**given)
+    simulator = environment_for(loaded, name, image_size, cameras=cameras, options=options)
     chosen = list(simulator.tasks) if tasks == ["all"] else tasks
     if record is None:
         record = 2 if simulator.default_views else 0
@@ -115,6 +122,7 @@ def roll_out(
         simulator, loaded, chosen, episodes, cameras=cameras, seed=seed, record=record, out=folder, **settings
     )
     result["policy"]["source"] = str(policy)
+    result["set"] = given
     result["provenance"] = provenance(seed)
     write_results(result, folder / "rollout.json")
     write_bytes(folder / "rollout.html", render_rollout(plain(result), folder))
@@ -193,6 +201,7 @@ def render_rollout(result: Mapping[str, Any], folder: Path) -> str:
     facts = {
         "policy": f"{policy['kind']}, {policy['parameters']:,} parameters, chunks of {policy['horizon']} steps",
         "tokenizer": f"{policy['tokenizer']['kind']}, weights {policy['tokenizer']['weights'][:16]}",
+        "draws by": ", ".join(f"{key} {value}" for key, value in policy.get("decoding", {}).items()),
         "sees": ", ".join([*policy["views"], *([f"a state of {policy['proprio']}"] if policy["proprio"] else [])]),
         **made_under(result["provenance"]),
     }
@@ -226,7 +235,8 @@ def _how(result: Mapping[str, Any]) -> str:
     )
     deadline = result.get("deadline_ms")
     late = "" if deadline is None else f"a call's codes end after {deadline:g} ms, "
-    return f"head {result['head']}, {steps}, {late}seed {result['seed']}"
+    given = "".join(f"{name} set to {value}, " for name, value in result.get("set", {}).items())
+    return f"head {result['head']}, {given}{steps}, {late}seed {result['seed']}"
 
 
 def _sentences(result: Mapping[str, Any]) -> list[str]:

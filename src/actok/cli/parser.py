@@ -120,8 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     v.add_argument("--embodiment", metavar="NAME", help="whose normaliser and limits (default: the tokenizer's first)")
 
-    v = verb("inspect", "show what a saved tokenizer is, or what a dataset holds", "inspect")
-    v.add_argument("path", metavar="DIR", help="saved tokenizer, Hub id, or dataset")
+    v = verb("inspect", "show what a saved tokenizer or policy is, or what a dataset holds", "inspect")
+    v.add_argument("path", metavar="DIR", help="saved tokenizer or policy, Hub id, or dataset")
     v.add_argument("--space", metavar="NAME_OR_TOML", help="action space of a dataset")
     v.add_argument("--json", action="store_true", help="machine-readable output")
 
@@ -185,6 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="of a call: emit codes until the first prefix that decodes after it (tokenizers with prefixes, e.g. oat)",
     )
+    _settings(v, "how the policy draws its actions: temperature, top_k (0: all), flow_steps (default: as saved)")
     v.add_argument("--images", type=int, metavar="PIXELS", help="side of the policy's views (default: as in training)")
     v.add_argument(
         "--cameras",
@@ -239,8 +240,8 @@ def _env_options(v: argparse.ArgumentParser) -> None:
     )
 
 
-def _settings(v: argparse.ArgumentParser) -> None:
-    v.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
+def _settings(v: argparse.ArgumentParser, what: str = "override settings") -> None:
+    v.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help=what)
 
 
 def _training(v: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ def run(args: argparse.Namespace) -> int:
     """Roll out, write, print; 3 where a chunk was not valid."""
     from actok.benchmark.rollouts import roll_out, rollout_text
     from actok.cli.simulate import environment_options
+    from actok.core import parse_assignments
 
     result, folder = roll_out(
         args.policy,
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         batch=args.batch,
         device=args.device,
         workers=args.workers,
+        decoding=parse_assignments(args.set),
         record=args.record,
     )
     print(rollout_text(result))

@@ -125,6 +125,7 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
         "views": list(policy.views),
         "proprio": policy.proprio,
         "heads": list(policy.heads),
+        "decoding": dict(policy.decoding),
         "meta": dict(policy.meta),
     }
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from actok.core import ActionSpace, ActionTokenizer
+from actok.core import ActionSpace, ActionTokenizer, ConfigError
 
 __all__ = ["Acted", "Policy", "PolicyBatch", "PolicyObservation"]
 
@@ -121,6 +121,22 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def heads(self) -> tuple[str, ...]:
         """Names that `act` takes; the first is its default."""
+
+    @property
+    def decoding(self) -> Mapping[str, Any]:
+        """Settings of how it draws its actions, which no weight depends on, by name; this default has none."""
+        return {}
+
+    def with_decoding(self, **settings: Any) -> Self:
+        """The same policy, drawing its actions by these settings from now on: some of those that `decoding` names.
+
+        Raises ConfigError for another setting, with the list, and for a value that cannot be.
+        """
+        for name in settings:
+            if name not in self.decoding:
+                known = ", ".join(self.decoding) or "nothing"
+                raise ConfigError(f"{name} is not to be set when this policy acts, only {known}; train another one for it")
+        return self
 
     @abstractmethod
     def losses(self, batch: PolicyBatch) -> Mapping[str, Tensor]:

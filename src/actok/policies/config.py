@@ -8,7 +8,10 @@ from actok.core import ConfigError
 from actok.policies.prompt import STATE_FORMS
 from actok.policies.sampling import SamplingConfig
 
-__all__ = ["VLAConfig"]
+# Settings of how actions are drawn, which no weight depends on, and the head whose actions they are.
+DECODING = {"temperature": "tokens", "top_k": "tokens", "flow_steps": "flow"}
+
+__all__ = ["DECODING", "VLAConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class VLAConfig:
                 raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
         if "flow" in heads and not self.flow_expert:
             raise ConfigError("the flow head has no expert; give flow_expert, its width (e.g. half of the backbone's)")
-        for name in ("token_weight", "flow_weight"):
+        for name in ("token_weight", "flow_weight", "temperature"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} is {value!r}; give a number of at least 0")

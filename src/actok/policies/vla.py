@@ -22,7 +22,7 @@ from actok.backbones.decoder import DecoderBackbone, Prefix
 from actok.core import ActionTokenizer, ConfigError, DataError, SpaceMismatchError, write_folder
 from actok.core.artifact import CONFIG_FILE, TENSOR_FILE, artifact_files
 from actok.policies.base import Acted, Policy, PolicyBatch, PolicyObservation
-from actok.policies.config import VLAConfig
+from actok.policies.config import DECODING, VLAConfig
 from actok.policies.flow_head import FlowHead
 from actok.policies.heads import Head, Seen
 from actok.policies.prompt import StateRange, prompts
@@ -143,6 +143,22 @@ class VLA(Policy):
     def heads(self) -> tuple[str, ...]:
         """See Policy.heads."""
         return self.config.heads
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """See Policy.decoding: those of `policies.config.DECODING` that concern its heads."""
+        return {name: getattr(self.config, name) for name, head in DECODING.items() if head in self.heads}
+
+    def with_decoding(self, **settings: Any) -> Self:
+        """See Policy.with_decoding. `config` says the same from then on, in a saved policy too."""
+        super().with_decoding(**settings)
+        self.config = replace(self.config, **settings)
+        for part in self.parts.values():
+            if isinstance(part, TokenHead):
+                part.sampling = self.config.sampling
+            elif isinstance(part, FlowHead):
+                part.steps = self.config.flow_steps
+        return self
 
     # -- seeing ---------------------------------------------------------------------------------------------------
 
