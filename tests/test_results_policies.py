@@ -1,6 +1,7 @@
 """How the results of policies are made: jobs, command lines, specifications, comparisons, pages."""
 
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from results.policies_asked import Studio
 from results.policies_hybrid_pages import PUBLISHED_HYBRID, blocks_page, latency_page, ordering
 from results.policies_make import groups
 from results.policies_pages import load_rolls, write_policy_pages
+from results.policies_success_pages import commands
 from results.policies_tables import exceeding, holm, pairs, rank_correlation, slim_rollout, summary
 from results.xtokenizer import NONE
 
@@ -466,3 +468,21 @@ def test_from_demonstrations_to_pages_in_one_call_and_nothing_is_made_twice(tmp_
     assert "A trial at 0.003" in (studio.pages / "README.md").read_text()
     monkeypatch.setattr(policies_make, "run_tasks", lambda tasks, places, **_: [task.name for task in tasks])
     assert make_results._policies(studio, steps, chosen, 1) == []
+
+
+def test_the_commands_on_the_pages_are_those_of_the_command_line():
+    from actok.cli.parser import build_parser
+
+    parser = build_parser()
+    for part, suite in (("tokenizers", "metaworld"), ("hybrid", "metaworld"), ("blocks", "metaworld")):
+        jobs = [job for job in POLICY_JOBS.values() if (job.suite, job.seed) == (suite, 0) and part in job.parts]
+        lines = [line for line in commands(jobs) if line.startswith("actok ")]
+        parsed = [parser.parse_args(shlex.split(line.replace("HEAD", "flow"))[1:]) for line in lines]
+        trained = [args for args in parsed if args.verb == "train-policy"]
+        assert len(trained) == len(jobs)
+        assert {args.tokenizer.removeprefix("TOKENIZERS/") for args in trained} == {
+            Path(args.out).name for args in parsed if args.verb == "fit"
+        }
+        for args, job in zip(trained, jobs, strict=True):
+            assert parse_assignments(args.set or []) == dict(job.settings)
+        assert [args.episodes for args in parsed if args.verb == "rollout"] == [20]

@@ -95,12 +95,18 @@ def commands(jobs: Iterable[PolicyJob]) -> list[str]:
         text += ["--seed", str(SEED), "--train", *assignments({"steps": POLICY_STEPS, "seed": job.seed})]
         text += ["--set", *assignments(job.settings)] if job.settings else []
         lines.append(shlex.join([*text, "--out", f"POLICIES/{job.variant}"]))
-    heads = "|".join(dict.fromkeys(head for job in jobs for head in job.heads))
+    heads = list(dict.fromkeys(head for job in jobs for head in job.heads))
+    head = heads[0] if len(heads) == 1 else "HEAD"
     lines += [
         f"actok rollout --policy POLICIES/NAME --env {suite.env}/{','.join(suite.tasks)} --episodes {suite.episodes}"
-        f" --seed {jobs[0].seed} --head {heads} --execute {EXECUTE} --limit {LIMIT:g} --batch {BATCH} --out ROLLOUT"
+        f" --seed {jobs[0].seed} --head {head} --execute {EXECUTE} --limit {LIMIT:g} --batch {BATCH} --out ROLLOUT"
     ]
     return [f"Commands, of seed {jobs[0].seed}:", "", "```", *lines, "```"]
+
+
+def _where(suite: Mapping[str, Any]) -> str:
+    """The environment, and the task where it is a single one."""
+    return suite["env"] if len(suite["tasks"]) > 1 else f"{suite['env']}/{suite['tasks'][0]}"
 
 
 def _fit(job: TokenizerJob, suite: Suite) -> str:
@@ -153,11 +159,11 @@ def success_page(suite: str, body: Mapping[str, Any], jobs: Iterable[PolicyJob] 
     """One suite: the table, who differs, task by task, and whether errors predict success; `jobs` are those of a seed."""
     about = body["suite"]
     lines = [
-        f"# Success by tokenizer: {about['env']}",
+        f"# Success by tokenizer: {_where(about)}",
         "",
         made_by(body["conditions"]),
         "",
-        f"{len(about['tasks'])} tasks, {about['episodes']} episode{'s' if about['episodes'] > 1 else ''} of each task and seed. {recipe(body['steps'], body['demonstrations'])}"
+        f"{len(about['tasks'])} task{'s' if len(about['tasks']) > 1 else ''}, {about['episodes']} episode{'s' if about['episodes'] > 1 else ''} of each task and seed. {recipe(body['steps'], body['demonstrations'])}"
         f" [Every figure, seed by seed and episode by episode]({suite}.json).",
         "",
     ]
@@ -269,7 +275,7 @@ def index_page(
         "Small policies without pretraining, trained for minutes on one thread of a CPU: this compares tokenizers and ways"
         " of decoding under one recipe, and says nothing of what large pretrained ones reach.",
         "",
-        *(f"* [Success by tokenizer: {body['suite']['env']}]({suite}.md)" for suite, body in bodies.items()),
+        *(f"* [Success by tokenizer: {_where(body['suite'])}]({suite}.md)" for suite, body in bodies.items()),
         "* [Flow matching with and without tokens beside it](hybrid.md)",
         "* [Block-wise and token-wise, with and without action expert](blocks.md)",
         "* [Where the time goes](latency.md)",
@@ -296,7 +302,7 @@ def _main_table(bodies: Mapping[str, Mapping[str, Any]]) -> list[str]:
     there = [name for name in MAIN if any(name in body["variants"] for body in bodies.values())]
     if not there:
         return [NOTHING]
-    lines = ["| tokenizer | " + " | ".join(body["suite"]["env"] for body in bodies.values()) + " |"]
+    lines = ["| tokenizer | " + " | ".join(_where(body["suite"]) for body in bodies.values()) + " |"]
     lines.append("|---|" + "---:|" * len(bodies))
     for name in there:
         cells = [rate_cell(body["variants"].get(name, {})) for body in bodies.values()]
