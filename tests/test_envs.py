@@ -362,6 +362,16 @@ print(make_env("metaworld", views=("topview",), image_size=32).reset("reach-v3",
     assert done.stdout.strip() == "True", done.stderr
 
 
+@pytest.mark.parametrize("name", ["metaworld-state", "aloha-state"])
+def test_a_way_to_render_that_mujoco_does_not_know_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    with pytest.raises(ConfigError, match=r"MUJOCO_GL is 'nonsense'.* or disable, or unset it"):
+        make_env(name)
+    for known in ("disabled", " GLFW"):
+        monkeypatch.setenv("MUJOCO_GL", known)
+        cameras.check_variable()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a window system is always there")
 def test_a_bare_machine_is_told_how_to_render() -> None:
     pytest.importorskip("metaworld")

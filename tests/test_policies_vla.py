@@ -443,6 +443,45 @@ def test_the_head_that_is_not_asked_for_does_not_run():
 # -- words around the blocks --------------------------------------------------------------------------------------
 
 
+def test_how_actions_are_drawn_can_be_set_when_they_are():
+    policy = policy_of(heads=("tokens", "flow"), flow_expert=8, temperature=3.0)
+
+    def codes(seed: int) -> np.ndarray:
+        return policy.act(observation(), generator=torch.Generator().manual_seed(seed)).codes
+
+    greedy = policy_of(heads=("tokens", "flow"), flow_expert=8).act(observation()).codes
+    assert not np.array_equal(codes(0), codes(1))
+    assert policy.with_decoding(temperature=0, flow_steps=3) is policy
+    assert np.array_equal(codes(0), codes(1))
+    assert np.array_equal(codes(0), greedy)
+    assert policy.act(observation(), head="flow").passes == 3
+    assert policy.decoding == {"temperature": 0, "top_k": 0, "flow_steps": 3}
+    policy.with_decoding(temperature=9.0, top_k=1)
+    assert np.array_equal(codes(2), greedy), "the likeliest of one is drawn, however hot"
+
+
+def test_a_policy_is_saved_with_how_its_actions_are_drawn(tmp_path):
+    policy_of().with_decoding(temperature=0.25).save_pretrained(tmp_path / "p")
+    assert load_policy(tmp_path / "p").decoding == {"temperature": 0.25, "top_k": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"spacing": 4}, "spacing is not to be set when this policy acts, only temperature, top_k;"),
+        ({"flow_steps": 4}, "flow_steps is not to be set"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+    ],
+)
+def test_what_would_need_other_weights_is_not_set_when_acting(settings, message):
+    policy = policy_of()
+    with pytest.raises(ConfigError, match=message):
+        policy.with_decoding(**settings)
+    assert policy.config == policy_of().config
+
+
 def test_a_policy_that_speaks_says_the_subtask_then_acts():
     policy = policy_of("bins", speaks=True, steps=2, state="vector").train()
     words = ("grasp it", "lift", "move to the left")

@@ -358,6 +358,18 @@ def test_tasks_are_those_of_the_training_data_unless_named() -> None:
     assert tried(policy, ["near"], 1)["per_task"]["near"]["limit"] == PointMass.max_steps
 
 
+def test_tasks_that_the_data_call_by_their_words_are_found_by_instruction() -> None:
+    policy = Scripted()
+    policy.meta = {"task_steps": {"go to the far goal and press": 38.0, "near": 11.0, "fly": 3.0}}
+    with pytest.warns(UserWarning, match="also trained on fly, which"):
+        found = tried(policy, None, 1)["per_task"]
+    assert {task: row["limit"] for task, row in found.items()} == {"near": 17, "far": 57}
+    assert tried(policy, ["far", "half"], 1)["per_task"]["far"]["limit"] == 57
+    policy.meta = {"task_steps": {f"fly {n} times": 3.0 for n in range(7)}}
+    with pytest.raises(ConfigError, match=r"neither by name nor by instruction \(fly 0 times, .* and 2 more\)"):
+        tried(policy, None, 1)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -525,6 +537,7 @@ def test_the_verb_writes_result_and_page_and_prints_the_table(saved: str, tmp_pa
     from actok.cli import main
 
     arguments = ["--policy", saved, "--env", "metaworld-state", "--episodes", "2", "--workers", "1"]
+    arguments += ["--set", "temperature=0", "top_k=3"]
     assert main(["rollout", *arguments, "--out", str(tmp_path / "r"), "--record", "0"]) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "r" / "rollout.json").read_text())
@@ -533,6 +546,9 @@ def test_the_verb_writes_result_and_page_and_prints_the_table(saved: str, tmp_pa
     assert [e["steps"] for e in result["episodes"] if not e["success"]] == [14] * (2 - sum(result["success"]))
     assert result["policy"]["source"] == saved
     assert result["invalid"] == 0
+    assert result["set"] == result["policy"]["decoding"] == {"temperature": 0, "top_k": 3}
+    assert "temperature set to 0, top_k set to 3" in printed
+    assert "temperature 0, top_k 3" in page
     assert "reach-v3" in printed
     assert f"of {HORIZON} steps of each chunk executed" in printed
     assert f"head {result['head']}" in page
@@ -559,14 +575,27 @@ def test_the_verb_writes_result_and_page_and_prints_the_table(saved: str, tmp_pa
         ("metaworld", "a state of 21 numbers, environment 'metaworld' gives 26"),
         ("metaworld/reach-v3", "training data came from ('metaworld-state' gives 21)"),
         ("metawrld", "no environment is called 'metawrld'"),
+        ("metaworld-state --set block=3", "block is not to be set when this policy acts, only temperature, top_k"),
+        ("metaworld-state --set top_k=-1", "top_k is -1"),
+        ("metaworld-state --episodes 0", "episodes is 0"),
     ],
 )
 def test_the_verb_names_what_does_not_fit(saved: str, env: str, words: str, tmp_path, capsys) -> None:
     from actok.cli import main
 
-    assert main(["rollout", "--policy", saved, "--env", env, "--out", str(tmp_path), "--workers", "1"]) == 1
+    arguments = ["rollout", "--policy", saved, "--workers", "1", "--env", *env.split()]
+    assert main([*arguments, "--out", str(tmp_path / "made" / "new")]) == 1
     assert words in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()), "no folder is left where nothing was written"
+
+
+def test_an_out_that_cannot_be_written_to_is_refused_before_anything_runs(saved: str, tmp_path, capsys) -> None:
+    from actok.cli import main
+
+    (tmp_path / "notes").write_text("remember the milk")
+    for out in ("notes", "notes/deeper/rollout"):
+        assert main(["rollout", "--policy", saved, "--env", "metaworld", "--out", str(tmp_path / out)]) == 1
+        assert f"{tmp_path / 'notes'} is no folder that can be written to" in capsys.readouterr().err
 
 
 def test_views_have_the_size_of_the_training_images() -> None:

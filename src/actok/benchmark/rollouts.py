@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -103,15 +104,16 @@ def roll_out(
         settings: see `actok.evaluation.rollout.rollout`.
 
     Nothing is written, and no folder made, before the episodes are over. Raises ConfigError as `environment_for` and
-    `rollout` do, and where `out` is a file.
+    `rollout` do, and where `out` cannot be written to.
     """
     from actok.evaluation.rollout import rollout
     from actok.policies.load import load_policy
 
     name, tasks = split_env(env)
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out is {folder}, which is a file; name a folder")
+    place = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"out is {folder}, but {place} is no folder that can be written to; name another one")
     given = dict(decoding or {})
     loaded = load_policy(policy, device=device).with_decoding(**given)
     simulator = environment_for(loaded, name, image_size, cameras=cameras, options=options)

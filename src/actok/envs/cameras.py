@@ -19,15 +19,20 @@ NO_OPENGL = (
     "images need an offscreen OpenGL, which failed ({}: {}); install libegl1, libegl-mesa0 and libgl1-mesa-dri and set"
     " MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa, or make the environment without views"
 )
+# What MuJoCo takes for MUJOCO_GL: the libraries of each platform, and words for its default and for none.
+LIBRARIES = {"linux": ("egl", "osmesa", "glfw", "glx"), "win32": ("wgl", "glfw"), "darwin": ("cgl", "glfw")}
+SWITCHES = ("", "enable", "enabled", "on", "true", "1", "disable", "disabled", "off", "false", "0")
 
-__all__ = ["Cameras", "check_views", "choose_backend"]
+__all__ = ["Cameras", "check_variable", "check_views", "choose_backend"]
 
 
 def check_views(simulator: str, views: Sequence[str] | str, known: Sequence[str], image_size: int) -> tuple[str, ...]:
     """The views of an environment's constructor as a tuple; where there are any, `choose_backend` was called.
 
-    Raises ConfigError for a view that is not in `known` and for an impossible image size (height and width in pixels).
+    Raises ConfigError for a view that is not in `known`, for an impossible image size (height and width in pixels), and for
+    a MUJOCO_GL with which MuJoCo cannot be imported, views or none.
     """
+    check_variable()
     chosen = (views,) if isinstance(views, str) else tuple(views)
     for view in chosen:
         if view not in known:
@@ -37,6 +42,16 @@ def check_views(simulator: str, views: Sequence[str] | str, known: Sequence[str]
     if chosen:
         choose_backend()
     return chosen
+
+
+def check_variable() -> None:
+    """Raise ConfigError where MUJOCO_GL has a value that MuJoCo does not know."""
+    value = os.environ.get("MUJOCO_GL", "")
+    libraries = LIBRARIES.get(sys.platform, ("glfw",))
+    if value.lower().strip() not in (*libraries, *SWITCHES):
+        raise ConfigError(
+            f"MUJOCO_GL is {value!r}, which MuJoCo does not know; set it to {', '.join(libraries)} or disable, or unset it"
+        )
 
 
 def choose_backend() -> None:

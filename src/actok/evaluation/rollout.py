@@ -93,7 +93,8 @@ def rollout(
     Args:
         env: made with the policy's views.
         policy: of the environment's action space and rate.
-        tasks: None: those of the policy's training data that the environment has.
+        tasks: None: those of the policy's training data that the environment has, by name or else by their words (data
+            that call a task by its instruction).
         episodes: of each task.
         cameras: view of the policy -> view of the environment, where their names differ; see
             `actok.evaluation.compatibility.cameras_of`.
@@ -117,7 +118,8 @@ def rollout(
     unknown tasks, heads and settings.
     """
     check_environment(policy, env)
-    names = _tasks(env, policy, tasks)
+    lengths = _lengths_here(env, policy)
+    names = _tasks(env, policy, tasks, lengths)
     shown = cameras_of(policy, cameras)
     chosen = _Settings(
         episodes=episodes,
@@ -151,7 +153,7 @@ def rollout(
         Trial(
             start=Start(task=task, seed=_start_seed(env, seed, task, number)),
             number=number,
-            limit=_step_limit(env, policy, task, limit),
+            limit=_step_limit(env, lengths.get(task), limit),
             instruction=env.instruction(task),
         )
         for task in names
@@ -258,21 +260,34 @@ def _stacked(
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _tasks(env: Env, policy: Policy, tasks: Sequence[str] | None) -> list[str]:
+def _lengths_here(env: Env, policy: Policy) -> dict[str, float]:
+    """Task of the environment -> mean length of its training demonstrations, of those that the policy was trained on.
+
+    Data may call a task as the environment does, or by the words of its instruction, which several tasks can share.
+    """
+    trained = training_tasks(policy)
+    here = {task: steps for task, steps in trained.items() if task in env.tasks}
+    if len(here) < len(trained):
+        words = {task: env.instruction(task) for task in env.tasks if task not in here}
+        here |= {task: trained[text] for task, text in words.items() if text in trained and text not in here}
+    return here
+
+
+def _tasks(env: Env, policy: Policy, tasks: Sequence[str] | None, here: Mapping[str, float]) -> list[str]:
     if tasks is None:
         trained = training_tasks(policy)
-        chosen = [task for task in trained if task in env.tasks]
-        if not chosen:
+        if not here:
             raise ConfigError(
-                f"environment {env.name!r} has none of the tasks that the policy was trained on"
-                f" ({', '.join(trained) or 'it names none'}); name tasks"
+                f"environment {env.name!r} has none of the tasks that the policy was trained on, neither by name nor by"
+                f" instruction ({_some(list(trained)) or 'it names none'}); name tasks"
             )
-        if missing := [task for task in trained if task not in env.tasks]:
+        known = {*here, *(env.instruction(task) for task in here)}
+        if missing := [task for task in trained if task not in known]:
             warnings.warn(
-                f"the policy was also trained on {', '.join(missing)}, which environment {env.name!r} does not have",
+                f"the policy was also trained on {_some(missing)}, which environment {env.name!r} does not have",
                 stacklevel=3,
             )
-        return chosen
+        return list(here)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     for task in names:
         env.check_task(task)
@@ -310,8 +325,12 @@ def _check_deadline(policy: Policy, chosen: _Settings) -> None:
         )
 
 
-def _step_limit(env: Env, policy: Policy, task: str, limit: float | None) -> int:
-    usual = training_tasks(policy).get(task)
+def _some(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _step_limit(env: Env, usual: float | None, limit: float | None) -> int:
     if limit is None or usual is None:
         return env.max_steps
     return max(1, min(env.max_steps, math.ceil(limit * usual)))

@@ -135,7 +135,9 @@ class Policy(nn.Module, ABC):
         for name in settings:
             if name not in self.decoding:
                 known = ", ".join(self.decoding) or "nothing"
-                raise ConfigError(f"{name} is not to be set when this policy acts, only {known}; train another one for it")
+                raise ConfigError(
+                    f"{name} is not to be set when this policy acts, only {known}; train another one for it"
+                )
         return self
 
     @abstractmethod
