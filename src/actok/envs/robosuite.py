@@ -190,8 +190,9 @@ class RobosuiteEnv(Env):
 class _ObjectsInProprio(RobosuiteEnv):
     """For policies without cameras, which would otherwise be blind to the objects: the proprioception [26] is that of
     the arm [9], then the pose of the object to be picked up [7] and that of its goal [7], each position in m and
-    quaternion xyzw, and the way from the hand to the object in m (3), which robosuite, too, observes. A policy of such an environment reads what no camera-less robot could: its success is a statement
-    about tokens and decoding, not about perception.
+    quaternion xyzw, and the way from the hand to the object in m [3], which robosuite, too, observes. A policy of such an
+    environment reads what no camera-less robot could: its success is a statement about tokens and decoding, not about
+    perception.
     """
 
     proprio_size = 26
