@@ -1,6 +1,7 @@
 """The verbs, end to end on a generated dataset, in one process: outputs, exit codes, one-line errors."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ import pytest
 import actok
 from actok.cli import main
 from actok.core import MissingExtraError
+from actok.data import Episode, open_dataset
+from actok.data.lerobot_read import LeRobotFolder
+from actok.data.lerobot_write import write_lerobot
 
 SPACE = """
 embodiment = "test_arm"
@@ -164,7 +168,41 @@ def test_inspect_shows_a_tokenizer_and_a_dataset(place, capsys):
     assert "30, 31 to" in text
     assert "test_arm" in text
     assert main(["inspect", str(place / "demos.npz"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["episodes"] == 30
+    assert (facts := json.loads(capsys.readouterr().out))["episodes"] == 30
+    assert (facts["views"], facts["state"]) == ({}, None)
+
+
+def test_inspect_names_views_and_state_of_a_dataset(tmp_path, capsys):
+    frames = {"action": np.zeros((11, 3), np.float32), "proprio": np.zeros((11, 5), np.float32)}
+    images = np.zeros((11, 4, 6, 3), np.uint8)
+    np.savez(tmp_path / "seen.npz", **frames, image=images, episode_length=[11])
+    assert main(["inspect", str(tmp_path / "seen.npz")]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^view image +6 x 4 pixels$", text, re.M)
+    assert re.search(r"^state +5 numbers$", text, re.M)
+    assert main(["inspect", str(tmp_path / "seen.npz"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["views"], facts["state"]) == ({"image": [4, 6]}, 5)
+
+
+def test_inspect_tells_the_views_of_a_lerobot_folder_without_reading_them(tmp_path, capsys, monkeypatch):
+    space = open_dataset([np.zeros((11, 3), np.float32)]).space
+    images = {"corner2": np.zeros((11, 16, 24, 3), np.uint8)}
+    actions = np.zeros((11, 3), np.float32)
+    episode = Episode(index=0, actions=actions, task="go", images=images)
+    write_lerobot([episode], tmp_path / "folder", space=space, rate_hz=10.0, images="image")
+    monkeypatch.setattr(LeRobotFolder, "_images", None)
+    assert main(["inspect", str(tmp_path / "folder")]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^view observation\.images\.corner2 +24 x 16 pixels; train-policy takes corner2 too$", text, re.M)
+    info = tmp_path / "folder" / "meta" / "info.json"
+    body = json.loads(info.read_text())
+    feature = body["features"]["observation.images.corner2"]
+    for shape, words in (([3, 16, 24], "24 x 16 pixels"), ([16, 24], "states shape [16, 24]")):
+        feature["shape"] = shape
+        info.write_text(json.dumps(body))
+        main(["inspect", str(tmp_path / "folder")])
+        assert words in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

@@ -469,6 +469,13 @@ def test_the_moving_average_is_what_is_judged_and_kept(samples):
     assert summary["validation"]["losses"] == judged["losses"]
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_model_in_parts_is_refused(samples, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ConfigError, match=f"configured for {name}, .* every process holds a whole one"):
+        PolicyTrainer(regressor(samples), samples, PolicyTrainConfig(**FEW), progress=False)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(samples):
     policy = regressor(samples, breaks=True)
     config = PolicyTrainConfig(steps=5, batch_size=4, log_every=2)
@@ -480,7 +487,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(samples):
 
 
 @pytest.mark.parametrize("heads", [("tokens",), ("flow", "tokens")])
-def test_a_trained_policy_acts_alone_from_its_folder(fast, tmp_path, heads):
+def test_a_trained_policy_acts_alone_from_its_folder(fast, tmp_path, capsys, heads):
     settings = {**TINY, "heads": list(heads), "flow_expert": 8, "speaks": True, "temperature": 0.0}
     policy = train_policy(frames(), fast, settings=settings, views=["image"], training=FEW, progress=False)
     policy.save_pretrained(tmp_path / "policy")
@@ -503,6 +510,26 @@ def test_a_trained_policy_acts_alone_from_its_folder(fast, tmp_path, heads):
     )
     emitted = loaded.act(one, head="tokens", generator=torch.Generator().manual_seed(0))
     assert emitted.passes == (emitted.codes >= 0).sum()
+
+    assert main(["inspect", str(tmp_path / "policy")]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split(None, 1) for line in text.splitlines() if line]
+    for row in (
+        ["policy", "VLA, preset actok-vla-tiny"],
+        ["tokenizer", f"fast, hash {fast.weights_hash}"],
+        ["horizon", f"{T} steps"],
+        ["heads", ", ".join(heads)],
+        ["state", f"{P} numbers, as {policy.config.state}"],
+        ["parameters", f"{sum(p.numel() for p in policy.parameters()):,}"],
+    ):
+        assert row in rows
+    assert f"{W} x {H} pixels" in next(line for line in text.splitlines() if line.startswith("view image "))
+    assert "16 training episodes" in text
+    assert "trained 6 steps" in text
+    assert main(["inspect", str(tmp_path / "policy"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["views"], facts["meta"]["image_sizes"]) == (["image"], {"image": [H, W]})
+    assert facts["settings"]["temperature"] == facts["decoding"]["temperature"] == 0.0
 
 
 def test_a_resumed_run_is_the_same_policy_and_another_run_is_refused(bins, tmp_path, monkeypatch):

@@ -533,6 +533,15 @@ def saved(tmp_path_factory) -> str:
     return str(folder)
 
 
+def test_a_policy_made_by_hand_can_be_looked_at(saved: str, capsys) -> None:
+    from actok.cli import main
+
+    assert main(["inspect", saved]) == 0
+    text = capsys.readouterr().out
+    assert "demonstrations of 9 steps on average" in text
+    assert "not trained by actok train-policy" in text
+
+
 def test_the_verb_writes_result_and_page_and_prints_the_table(saved: str, tmp_path, capsys) -> None:
     from actok.cli import main
 

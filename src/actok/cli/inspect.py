@@ -67,9 +67,13 @@ def _inspect(args: argparse.Namespace) -> int:
     try:
         tokenizer = load(args.path)
     except ArtifactError as error:
-        if (Path(args.path) / "config.json").exists():
-            raise
-        return _inspect_data(args, error)
+        if (folder := _model_folder(args.path)) is None:
+            return _inspect_data(args, error)
+        from actok.policies.load import is_policy
+
+        if is_policy(folder):
+            return _inspect_policy(args)
+        raise
     # Published FAST files may state neither horizon nor action space; there is no layout without them.
     layout = tokenizer.layout if tokenizer.horizon and tokenizer.spaces else None
     bits = layout.bits if layout and layout.fixed_length else None
@@ -111,16 +115,69 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _model_folder(path: str) -> Path | None:
+    """The folder, or download, where a model should be; None where there is none."""
+    from actok.core import ArtifactError
+    from actok.core.artifact import CONFIG_FILE, locate
+
+    try:
+        folder = locate(path)
+    except ArtifactError:
+        return None
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def _inspect_policy(args: argparse.Namespace) -> int:
+    from actok.cli.policy import training_text
+    from actok.evaluation.policy_calls import policy_facts
+    from actok.policies.load import load_policy
+
+    policy: Any = load_policy(args.path)
+    facts = {**policy_facts(policy), "settings": vars(policy.config), "space": policy.space.to_dict()}
+    if args.json:
+        print(json.dumps(facts, indent=2, default=list))
+        return 0
+    tokenizer, meta = facts["tokenizer"], facts["meta"]
+    sizes = meta.get("image_sizes", {})
+    state = f"{policy.proprio} numbers, as {policy.config.state}" if policy.proprio else "not read"
+    tasks = meta.get("task_steps", {})
+    _table(
+        [
+            ("policy", facts["kind"] + (f", preset {meta['preset']}" if "preset" in meta else "")),
+            ("tokenizer", f"{tokenizer['kind']}, hash {tokenizer['weights']}"),
+            ("robot", policy.embodiment),
+            ("horizon", f"{policy.horizon} steps"),
+            ("heads", ", ".join(policy.heads)),
+            *(_view(view, sizes.get(view)) for view in policy.views),
+            *([] if policy.views else [("views", "none")]),
+            ("state", state),
+            ("parameters", f"{facts['parameters']:,}"),
+            *((f"setting {key}", str(value)) for key, value in facts["settings"].items()),
+            *((f"task {task}", f"demonstrations of {steps:.0f} steps on average") for task, steps in tasks.items()),
+        ]
+    )
+    print(training_text(policy))
+    _spaces([(policy.space, f"embodiment {policy.embodiment}")])
+    return 0
+
+
 def _inspect_data(args: argparse.Namespace, error: Exception) -> int:
-    from actok.core import DataError
+    from actok.core import DataError, MissingExtraError
     from actok.data import open_dataset
 
     try:
         dataset = open_dataset(args.path, space=args.space)
     except DataError as other:
-        raise DataError(f"{args.path} is neither a tokenizer ({error}) nor a dataset ({other})") from None
+        raise DataError(f"{args.path} is neither a model ({error}) nor a dataset ({other})") from None
     first = dataset.episode(0)
     lengths = dataset.lengths
+    sizes: dict[str, tuple[int, int]] | None
+    try:
+        sizes = dataset.view_sizes()
+        views = [_view(view, size) for view, size in sizes.items()] or [("views", "none")]
+    except MissingExtraError as missing:  # what else there is can be told without
+        sizes, views = None, [("views", f"unknown: {missing}")]
+    state = None if first.proprio is None else first.proprio.shape[1]
     facts: dict[str, Any] = {
         "name": dataset.name,
         "episodes": len(dataset),
@@ -128,6 +185,8 @@ def _inspect_data(args: argparse.Namespace, error: Exception) -> int:
         "shortest": int(lengths.min()),
         "longest": int(lengths.max()),
         "instruction": first.instruction,
+        "views": sizes,
+        "state": state,
         "space_origin": dataset.space_origin,
         "space": dataset.space.to_dict(),
     }
@@ -140,10 +199,19 @@ def _inspect_data(args: argparse.Namespace, error: Exception) -> int:
             ("episodes", f"{len(dataset)}, {lengths.min()} to {lengths.max()} steps, {lengths.sum()} in all"),
             ("first instruction", repr(first.instruction)),
             ("sub-tasks", ", ".join(first.subtask_names) or "none"),
+            *views,
+            ("state", "none" if state is None else f"{state} numbers"),
         ]
     )
     _spaces([(dataset.space, dataset.space_origin)])
     return 0
+
+
+def _view(name: str, size: Sequence[int] | None) -> tuple[str, str]:
+    """A row: how `--views` takes it, and width and height."""
+    pixels = "size unknown" if size is None else f"{size[1]} x {size[0]} pixels"
+    short = name.rpartition(".")[2]
+    return f"view {name}", pixels if short == name else f"{pixels}; train-policy takes {short} too"
 
 
 def _fitted_on(facts: dict[str, Any]) -> str:

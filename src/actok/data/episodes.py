@@ -79,6 +79,14 @@ class EpisodeDataset(ABC):
     def episode(self, index: int, *, images: bool = False) -> Episode:
         """Read one episode. Raises DataError naming the file where it is corrupt."""
 
+    def view_sizes(self) -> dict[str, tuple[int, int]]:
+        """View -> height and width in pixels; empty where there are no images.
+
+        This default reads the first episode; readers override it where less will do. Raises as `episode` does.
+        """
+        images = self.episode(0, images=True).images
+        return {view: (int(pixels.shape[1]), int(pixels.shape[2])) for view, pixels in images.items()}
+
     def __iter__(self) -> Iterator[Episode]:
         for index in range(len(self)):
             yield self.episode(index)

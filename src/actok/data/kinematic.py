@@ -138,6 +138,10 @@ class KinematicDataset(EpisodeDataset):
             proprio=None if state is None else self.map.states(state).astype(np.float32),
         )
 
+    def view_sizes(self) -> dict[str, tuple[int, int]]:
+        """See EpisodeDataset.view_sizes."""
+        return self.dataset.view_sizes()
+
     def _state(self, episode: Episode) -> np.ndarray | None:
         """[T, D] in the action's layout."""
         if episode.proprio is None:

@@ -160,6 +160,19 @@ class LeRobotMeta:
         """Features stored as images in the data files."""
         return [key for key, feature in self.features.items() if feature.get("dtype") == "image"]
 
+    def image_size(self, key: str) -> tuple[int, int]:
+        """Height and width in pixels of a view, as stated: [H, W, 3] or, in some data, [3, H, W].
+
+        Raises DataError where no such shape is stated.
+        """
+        shape = self.features[key].get("shape")
+        if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(n, int) for n in shape):
+            raise DataError(
+                f"{self.root / INFO} states shape {shape!r} for {key!r}; give [height, width, channels] of the images"
+            )
+        first = shape[0] in (1, 3) and shape[2] not in (1, 3)
+        return (shape[1], shape[2]) if first else (shape[0], shape[1])
+
 
 def _action_key(features: dict[str, Any], path: Path) -> str:
     for key in ACTION_KEYS:

@@ -94,6 +94,10 @@ class LeRobotFolder(EpisodeDataset):
         kept = self.meta.extras.get(int(self.meta.indices[place]), {}).get("task")
         return kept or next(iter(self.meta.episode_tasks[place]), "")
 
+    def view_sizes(self) -> dict[str, tuple[int, int]]:
+        """See EpisodeDataset.view_sizes; the metadata state them, so no image or video is read."""
+        return {view: self.meta.image_size(view) for view in [*self.meta.image_keys, *self.meta.videos]}
+
     # -- reading --------------------------------------------------------------------------------------------------
 
     def episode(self, index: int, *, images: bool = False) -> Episode:

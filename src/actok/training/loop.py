@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # How long a process waits for the others before it counts as hung.
 RANK_TIMEOUT = timedelta(minutes=10)
+# What accelerate would share a model out by, as its environment variables call it.
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 # With several processes, they agree on stopping every so many steps.
 AGREE_EVERY = 10
 
@@ -291,10 +293,21 @@ class Loop(ABC):
 def _accelerator(config: TrainConfig, folder: RunFolder | None) -> Accelerator:
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+        from accelerate.utils import (
+            DistributedDataParallelKwargs,
+            InitProcessGroupKwargs,
+            ProjectConfiguration,
+            parse_flag_from_env,
+        )
     except ImportError as error:
         raise MissingExtraError("accelerate", "torch", "training") from error
 
+    # On CPUs accelerate leaves some of these out without a word.
+    if asked := [name for name in SHARDING if parse_flag_from_env(f"ACCELERATE_USE_{name}")]:
+        raise ConfigError(
+            f"accelerate was configured for {' and '.join(asked)}, which cuts a model into parts; here every process holds a"
+            " whole one: start with torchrun --nproc_per_node N, without an accelerate config"
+        )
     check_trackers(config.track, folder)
     place = None if folder is None else str(folder.path)
     handlers = [
