@@ -96,7 +96,7 @@ def act(chosen: PolicyDemo, out: Path, args: argparse.Namespace) -> dict[str, An
     Returns what `roll_out` measured; whatever runs can be repeated by the commands that are printed.
     """
     from actok.benchmark.rollouts import roll_out, rollout_text
-    from actok.cli.policy import _text
+    from actok.cli.policy import training_text
     from actok.training.policy import policy_tokenizer, train_policy
 
     folder, seed = out / "policy", args.seed
@@ -107,7 +107,7 @@ def act(chosen: PolicyDemo, out: Path, args: argparse.Namespace) -> dict[str, An
         data, tokenizer, preset=chosen.preset, seed=seed, settings=chosen.settings, training=chosen.training
     )
     policy.save_pretrained(folder)
-    print(_text(policy))
+    print(training_text(policy))
     print()
     result, _ = roll_out(
         folder,
