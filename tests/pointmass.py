@@ -43,9 +43,6 @@ class PointMass(Env):
         self._position = self._goal = self._start = np.zeros(2)
         self._press = 0.0
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.view,)
-
     def instruction(self, task: str) -> str:
         self.check_task(task)
         return f"go to the {task} goal and press"

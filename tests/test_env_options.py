@@ -33,15 +33,8 @@ class Geared(PointMass):
         super().__init__(view=bool(views))
         self.gear, self.words, self.views, self.image_size = gear, words, views, image_size
 
-    def __reduce__(self):
-        return _geared, (dict(self.made_with),)
-
     def instruction(self, task: str) -> str:
         return f"{self.words} {super().instruction(task)}"
-
-
-def _geared(options: dict) -> Geared:
-    return Geared(**options)
 
 
 class Camera(Bead):

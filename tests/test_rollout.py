@@ -613,8 +613,8 @@ def test_views_have_the_size_of_the_training_images() -> None:
 
     policy = Scripted(views=("observation.images.corner2",))
     policy.meta = {"image_sizes": {"observation.images.corner2": [48, 48]}}
-    assert environment_for(policy, "metaworld").__reduce__()[1] == (("corner2",), 48)
-    assert environment_for(policy, "metaworld", 32).__reduce__()[1] == (("corner2",), 32)
+    assert environment_for(policy, "metaworld").made_with == {"views": ("corner2",), "image_size": 48}
+    assert environment_for(policy, "metaworld", 32).made_with == {"views": ("corner2",), "image_size": 32}
     policy.meta = {"image_sizes": {"observation.images.corner2": [48, 64]}}
     with pytest.raises(ConfigError, match="sides of 48, 64 pixels"):
         environment_for(policy, "metaworld")

@@ -74,9 +74,6 @@ class AlohaEnv(Env):
         self._cameras: Cameras | None = None
         self._close_episode()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._views, self._image_size)
-
     @cached_property
     def space(self) -> ActionSpace:
         """The packaged space aloha_sim."""

@@ -1,8 +1,8 @@
 """The interface that every simulator implements: small enough for a point mass, enough for recording and replay.
 
-An `Env` is one process's view of one simulator. It must be picklable: a copy carries the options it was made with, not
-the live simulator, so that worker processes can build their own. Physics must be a pure function of the start state
-and the actions, whatever ran before in the same process; exact replay depends on it.
+An `Env` is one process's view of one simulator. A pickled one carries the options it was made with and nothing else, so
+that worker processes build their own simulator; options must be picklable. Physics must be a pure function of the start
+state and the actions, whatever ran before in the same process; exact replay depends on it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -108,6 +109,9 @@ class Env(ABC):
         made = super().__new__(cls)
         made.made_with = _given(cls, args, options)
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self.made_with), ()
 
     @property
     @abstractmethod

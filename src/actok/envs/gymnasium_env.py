@@ -29,10 +29,9 @@ class GymnasiumEnv(Env):
     """Base class of adapters. A subclass sets `name`, `max_steps`, `tasks`, `space` and `instruction`, and implements
     `make` and `proprio`; it may override `state`, `images`, `succeeded` and `expert`.
 
-    Options of the constructor are the subclass's own; it then calls `super().__init__()`. They must be picklable: a
-    copy of the environment carries every attribute but the live simulator. gymnasium's time limits end nothing here
-    (whoever steps decides); once an environment says that it has terminated, further actions change nothing, and the
-    last observation is repeated.
+    Options of the constructor are the subclass's own; it then calls `super().__init__()`. gymnasium's time limits end
+    nothing here (whoever steps decides); once an environment says that it has terminated, further actions change
+    nothing, and the last observation is repeated.
     """
 
     _simulator: Any
@@ -165,13 +164,6 @@ class GymnasiumEnv(Env):
             self._simulator.close()
         self._forget()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in _LIVE}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
-
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
@@ -200,6 +192,3 @@ class GymnasiumEnv(Env):
             state=None if state is None else np.array(state, np.float64),
             images={view: np.array(image, np.uint8) for view, image in self.images(self._seen).items()},
         )
-
-
-_LIVE = frozenset(GymnasiumEnv.__annotations__)

@@ -32,7 +32,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,6 @@ class LiberoEnv(Env):
         self._simulator: Any = None
         self._init_state: np.ndarray | None = None
         self._success = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), **self.made_with), ()
 
     @property
     def tasks(self) -> Sequence[str]:

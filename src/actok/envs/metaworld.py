@@ -78,9 +78,6 @@ class MetaWorldEnv(Env):
         self._success = False
         self._episode = object()  # its identity tells one episode's snapshots from another's
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._views, self._image_size)
-
     @cached_property
     def tasks(self) -> Sequence[str]:
         """The fifty task names, e.g. "reach-v3"."""

@@ -77,9 +77,6 @@ class RobosuiteEnv(Env):
         self._success = False
         self._episode = object()  # its identity tells one episode's snapshots from another's
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._views, self._image_size)
-
     @property
     def tasks(self) -> Sequence[str]:
         """("lift", "pick-place-bread", "stack")"""
