@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 from results import policies, policies_make
 from results.places import Places
-from results.policies import BLOCKS_OF, FEW_SEEDS, HYBRID, MAIN, POLICY_JOBS, PRESET, SEEDS, SUITES, TOKENIZERS
+from results.policies import BLOCKS_OF, HYBRID, MAIN, POLICY_JOBS, PRESET, SEEDS, SUITES, TOKENIZERS
 from results.policies_asked import Studio
 from results.policies_hybrid_pages import PUBLISHED_HYBRID, blocks_page, latency_page, ordering
 from results.policies_make import groups
@@ -110,7 +110,8 @@ def test_what_is_compared_differs_in_one_thing():
     own = specs["metaworld", BLOCKS_OF, 0][0]
     for name, settings in policies.BLOCKS.items():
         assert specs["metaworld", name, 0][0] == {**own, **settings}
-    assert set(FEW_SEEDS) <= set(SEEDS)
+    assert {f"metaworld-{t}-{s}" for t in TOKENIZERS for s in SEEDS} <= set(POLICY_JOBS)
+    assert {f"robosuite-lift-{t}-0" for t in TOKENIZERS} <= set(POLICY_JOBS)
     assert set(PUBLISHED_HYBRID) == set(HYBRID)
     # 21 codes: 21 is one pass, and none of the others is the tokenizer's own.
     chunks = np.random.default_rng(0).normal(size=(53, policies.HORIZON, 4)).astype(np.float32)
