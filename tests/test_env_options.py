@@ -8,12 +8,15 @@ import pytest
 
 import actok.envs.base as base
 from actok.cli import main
-from actok.core import ConfigError
+from actok.core import ConfigError, FitPart
 from actok.envs import make_env, option_names
 from actok.evaluation import filming
 from actok.evaluation.trials import Trial
 from actok.evaluation.vector import Start
 from actok.evaluation.workers import Workers
+from actok.policies.tiny import TinyConfig, TinyVLM
+from actok.policies.vla import VLA, VLAConfig
+from actok.tokenizers.bins import BinsConfig, BinsTokenizer
 from pointmass import PointMass
 from test_rollout import Scripted
 
@@ -61,9 +64,33 @@ class AlwaysOn(Bead):
     default_views = ("side",)
 
 
+class Blind(Bead):
+    """One without a picture."""
+
+    name = "blind"
+
+    def images(self, observation):
+        return {}
+
+
+def looking(folder, views: dict[str, list[int]]) -> str:
+    """A saved policy of the bead that looks through these views, untrained; sizes are those that it says it was trained on."""
+    space = Bead.space
+    chunks = np.random.default_rng(0).normal(size=(29, 7, space.dim)).astype(np.float32)
+    backbone = TinyVLM.create(
+        TinyConfig(width=32, layers=1, heads=2, image_size=32), ["slide to the place"], tuple(views)
+    )
+    tokenizer = BinsTokenizer.fit([FitPart(actions=chunks, space=space)], BinsConfig(bins=17))
+    meta = {"task_steps": {"slide": 9.0}, "image_sizes": views}
+    VLA.create(backbone, tokenizer, VLAConfig(state="none"), views=tuple(views), meta=meta).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "BUILT_IN", {**base.BUILT_IN, "geared": "test_env_options:Geared"})
+    own = {"geared": "Geared", "camera": "Camera", "always-on": "AlwaysOn", "blind": "Blind"}
+    mine = {name: f"test_env_options:{found}" for name, found in own.items()}
+    monkeypatch.setattr(base, "BUILT_IN", {**base.BUILT_IN, **mine})
 
 
 @pytest.fixture
@@ -103,6 +130,7 @@ def test_other_views_leave_all_else_as_it_was() -> None:
     assert type(seen) is Geared
     assert (seen.gear, seen.words, seen.views, seen.image_size) == (2.0, "run", ("top",), 13)
     assert env.image_size == 7
+    assert env.with_views(("top",)).image_size == 7
     assert AlwaysOn(3.0).with_views(("side",), 13).made_with == {"gain": 3.0}
 
 
@@ -230,6 +258,65 @@ def test_cameras_that_do_not_fit_are_named_with_those_that_there_are(tmp_path, m
     for pairs, words in ((["image"], "'image' is not VIEW=CAMERA"), (["image=corner", "image=topview"], "twice")):
         assert main([*line, *pairs]) == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("env", "options"), [("camera", {"gain": 200, "views": ["side"], "image_size": 13}), ("always-on", {"gain": 200})]
+)
+def test_a_policy_looks_at_what_a_users_own_environment_shows(
+    named, env, options, tmp_path, monkeypatch, capsys
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    act = VLA.act
+
+    def watched(self, observation, **rest):
+        seen.extend(image.shape[1:] for image in observation.images.values())
+        return act(self, observation, **rest)
+
+    monkeypatch.setattr(VLA, "act", watched)
+    size = [13, 13] if env == "camera" else [3, 5]
+    line = ["rollout", "--env", env, "--episodes", "2", "--workers", "1", "--record", "0", "--env-set", "gain=200"]
+    policy = looking(tmp_path / "p", {"observation.images.side": size})
+    assert main([*line, "--policy", policy, "--out", str(tmp_path / "r")]) == 0
+    result = json.loads((tmp_path / "r" / "rollout.json").read_text())
+    assert result["env"]["options"] == options
+    assert set(seen) == {(*size, 3)}
+    other = looking(tmp_path / "q", {"front": size})
+    assert main([*line, "--policy", other, "--out", str(tmp_path / "s"), "--cameras", "front=side"]) == 0
+    assert json.loads((tmp_path / "s" / "rollout.json").read_text())["cameras"] == {"front": "side"}
+
+
+@pytest.mark.parametrize(
+    ("more", "view", "size", "words"),
+    [
+        (
+            "always-on",
+            "side",
+            [5, 3],
+            "trained on pictures of 5 x 3 pixels of view side; environment 'always-on' shows side",
+        ),
+        ("always-on", "side", [5, 3], "(3 x 5 pixels); it is to be made to show that, or another of its views named"),
+        ("always-on", "top", [3, 5], "looks through top; environment 'always-on' shows side (3 x 5 pixels); say which"),
+        ("always-on", "top", [3, 5], "--cameras top=..."),
+        ("always-on --cameras top=front", "top", [3, 5], "looks through top=front; environment 'always-on' shows side"),
+        ("always-on --images 7", "side", [3, 5], "environment 'always-on' has no option image_size: its pictures"),
+        (
+            "blind",
+            "side",
+            [3, 5],
+            "looks through side; environment 'blind' shows no images; make it with views, or take",
+        ),
+        ("camera --env-set gain=1", "side", [3, 5], "training images have sides of 3, 5 pixels"),
+    ],
+)
+def test_pictures_that_are_not_those_of_the_training_are_refused(
+    named, more, view, size, words, tmp_path, capsys
+) -> None:
+    policy = looking(tmp_path / "p", {view: size})
+    line = ["rollout", "--policy", policy, "--out", str(tmp_path / "r"), "--workers", "1", "--record", "0"]
+    assert main([*line, "--env", *more.split()]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
 
 
 # -- what they cost ---------------------------------------------------------------------------------------------------

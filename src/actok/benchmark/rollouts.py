@@ -14,7 +14,7 @@ from actok.benchmark.results import plain, provenance, write_results
 from actok.benchmark.table import Column, number, percent, render_columns
 from actok.core import ConfigError
 from actok.core.files import write_bytes
-from actok.envs import Env, env_class, make_env
+from actok.envs import Env, make_env, option_names
 
 __all__ = ["environment_for", "render_rollout", "roll_out", "rollout_columns", "rollout_text", "split_env"]
 
@@ -39,38 +39,50 @@ def environment_for(
     """The environment with the policy's views, at the size of its training images unless another is given.
 
     `cameras` says which of the environment's views shows what the policy calls otherwise (see
-    `actok.evaluation.compatibility.cameras_of`); `options` are further ones of the environment.
+    `actok.evaluation.compatibility.cameras_of`); `options` are further ones of the environment. One that takes no
+    `views`, or no `image_size`, shows what it always shows (see `Env.with_views`): whether that is what the policy looks
+    at, its first observation tells (`check_observation`).
 
     Raises ConfigError as `make_env` does, for a view that the environment does not know, for an image size where the
-    policy sees no images, and for none where its training images were not all square and of one size.
+    policy sees no images or the environment takes none, and for none where its training images were not all square and of
+    one size.
     """
     from actok.evaluation.compatibility import cameras_of
 
+    env = make_env(name, **(options or {}))
     shown = cameras_of(policy, cameras)
     if not shown:
         if image_size is not None:
             raise ConfigError(
                 f"images of {image_size} pixels are asked for, but the policy looks at none; leave it out"
             )
-        return make_env(name, **(options or {}))
-    found = env_class(name)
-    if not found.default_views:
-        raise ConfigError(f"the policy looks through {', '.join(policy.views)}, environment {name!r} has no cameras")
-    if found.known_views and (missing := [v for v, camera in shown.items() if camera not in found.known_views]):
+        return env
+    if env.known_views and (missing := [v for v, camera in shown.items() if camera not in env.known_views]):
         raise ConfigError(
             f"the policy looks through {', '.join(shown)}; environment {name!r} has no view"
-            f" {', '.join(shown[view] for view in missing)}, only {', '.join(found.known_views)}; say which of these"
+            f" {', '.join(shown[view] for view in missing)}, only {', '.join(env.known_views)}; say which of these"
             f" shows what with --cameras {' '.join(f'{view}=...' for view in missing)}"
         )
-    if image_size is None:
-        sizes = {side for height_width in policy.meta.get("image_sizes", {}).values() for side in height_width}
-        if len(sizes) != 1:
+    views = list(dict.fromkeys(shown.values()))
+    if "image_size" not in option_names(type(env)):
+        if image_size is not None:
             raise ConfigError(
-                f"the policy's training images have sides of {', '.join(map(str, sorted(sizes))) or 'unknown'} pixels, and"
-                " simulators render squares; give the size with --images"
+                f"images of {image_size} pixels are asked for, but environment {name!r} has no option image_size: its"
+                " pictures have a size of their own; leave it out"
             )
-        image_size = sizes.pop()
-    return make_env(name, **(options or {}), views=tuple(dict.fromkeys(shown.values())), image_size=image_size)
+        return env.with_views(views)
+    return env.with_views(views, _trained_size(policy) if image_size is None else image_size)
+
+
+def _trained_size(policy: Any) -> int:
+    """Side of all images that the policy was trained on. Raises ConfigError where there is no such thing."""
+    sizes = {side for height_width in policy.meta.get("image_sizes", {}).values() for side in height_width}
+    if len(sizes) != 1:
+        raise ConfigError(
+            f"the policy's training images have sides of {', '.join(map(str, sorted(sizes))) or 'unknown'} pixels, and"
+            " simulators render squares; give the size with --images"
+        )
+    return int(sizes.pop())
 
 
 def roll_out(

@@ -83,8 +83,8 @@ class Expert(ABC):
 class Env(ABC):
     """One simulator with a list of tasks.
 
-    The arguments of a constructor are its options; each can be given by name. One that renders takes `views` and
-    `image_size` among them.
+    The arguments of a constructor are its options; each can be given by name. One that renders what it is asked for takes
+    `views` and `image_size` among them; one that takes neither may show the same pictures always.
 
     Attributes:
         name: as given to `make_env`.
@@ -186,13 +186,15 @@ class Env(ABC):
             " replay needs that, open-loop replay does not"
         )
 
-    def with_views(self, views: Sequence[str], image_size: int) -> Env:
+    def with_views(self, views: Sequence[str], image_size: int | None = None) -> Env:
         """Another environment, made as this one was, that shows these views, `image_size` pixels high and wide.
 
-        Where the constructor takes no `views` or no `image_size`, it shows what it always shows. Raises ConfigError as
-        the constructor does.
+        Where the constructor takes no `views` or no `image_size`, it shows what it always shows; image_size None leaves the
+        size as it is. Raises ConfigError as the constructor does.
         """
-        wanted = {"views": tuple(views), "image_size": image_size}
+        wanted: dict[str, Any] = {"views": tuple(views)}
+        if image_size is not None:
+            wanted["image_size"] = image_size
         taken = option_names(type(self))
         return type(self)(**{**self.made_with, **{name: value for name, value in wanted.items() if name in taken}})
 

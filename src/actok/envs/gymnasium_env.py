@@ -32,6 +32,11 @@ class GymnasiumEnv(Env):
     Options of the constructor are the subclass's own; it then calls `super().__init__()`. gymnasium's time limits end
     nothing here (whoever steps decides); once an environment says that it has terminated, further actions change
     nothing, and the last observation is repeated.
+
+    Pictures: `images` gives those of every observation. Where it always gives the same views at one size, that is all there
+    is to it: a policy looks at them if they are those of its training. To make only what is asked for, the constructor
+    takes `views` (names; () for none) and `image_size` (pixels of a side), and `images` heeds them; whoever needs pictures
+    then asks. `default_views` names the views that recording and filming take, `known_views` all that there are.
     """
 
     _simulator: Any
@@ -61,7 +66,10 @@ class GymnasiumEnv(Env):
         return None
 
     def images(self, observation: Any) -> Mapping[str, np.ndarray]:
-        """View name -> uint8 [H, W, 3], upright; none by default. `self.simulator.render()` may make one."""
+        """View name -> uint8 [H, W, 3], upright; none by default. `self.simulator.render()` may make one.
+
+        Called once an observation, not at steps at which nobody looks (`advance`).
+        """
         return {}
 
     def succeeded(self, observation: Any, reward: float, info: Mapping[str, Any]) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from actok.core import ConfigError, SpaceMismatchError
-from actok.envs import Env, Observation, env_class, list_envs
+from actok.envs import Env, Observation, env_class, list_envs, option_names
 from actok.policies.base import Policy
 
 LEROBOT_IMAGES = "observation.images."
@@ -81,13 +81,35 @@ def _check_proprio(policy: Policy, size: int, where: str, other: str = "") -> No
         )
 
 
-def check_observation(policy: Policy, cameras: Mapping[str, str], observation: Observation) -> None:
-    """Raise SpaceMismatchError where a first observation lacks what the policy looks at: see `check_environment`."""
-    _check_proprio(policy, len(observation.proprio), "the environment")
-    wanted = list(dict.fromkeys(cameras.values()))
-    if missing := [name for name in wanted if name not in observation.images]:
-        raise SpaceMismatchError(
-            f"the policy looks through {', '.join(wanted)}, the environment shows"
-            f" {', '.join(observation.images) or 'no images'}; make it with views={wanted}, or say with cameras which of"
-            f" its views shows what (missing: {', '.join(missing)})"
-        )
+def check_observation(policy: Policy, cameras: Mapping[str, str], observation: Observation, env: Env) -> None:
+    """Raise SpaceMismatchError where a first observation lacks what the policy looks at: see `check_environment`.
+
+    That is its views and, unless the environment was made with an `image_size`, pictures of the size of its training.
+    """
+    where = f"environment {env.name!r}"
+    _check_proprio(policy, len(observation.proprio), where)
+    there = {name: image.shape[:2] for name, image in observation.images.items()}
+    shows = ", ".join(f"{name} ({_pixels(size)})" for name, size in there.items()) or "no images"
+    if missing := [view for view, camera in cameras.items() if camera not in there]:
+        looks = ", ".join(view if view == camera else f"{view}={camera}" for view, camera in cameras.items())
+        remedy = f"say which of these shows what: --cameras {' '.join(f'{view}=...' for view in missing)}"
+        if not there:
+            remedy = "make it with views, or take one that shows them in every observation"
+        raise SpaceMismatchError(f"the policy looks through {looks}; {where} shows {shows}; {remedy}")
+    if "image_size" in env.made_with:
+        return
+    trained = policy.meta.get("image_sizes") or {}
+    for view, camera in cameras.items():
+        if view in trained and tuple(trained[view]) != there[camera]:
+            option = (
+                "made with image_size (--images)" if "image_size" in option_names(type(env)) else "made to show that"
+            )
+            raise SpaceMismatchError(
+                f"the policy was trained on pictures of {_pixels(trained[view])} of view {view}; {where} shows {shows};"
+                f" it is to be {option}, or another of its views named (--cameras {view}=...)"
+            )
+
+
+def _pixels(size: Sequence[int]) -> str:
+    """Height x width."""
+    return " x ".join(map(str, size)) + " pixels"

@@ -162,7 +162,7 @@ def rollout(
     calls = PolicyCalls(policy, chosen.head, seed, None if deadline_ms is None else deadline_ms / 1e3)
     begin = time.perf_counter()
     with VectorEnv(env, min(batch, len(trials)), workers) as vector, _bar(len(trials), progress) as bar:
-        run_trials(vector, trials, _Acting(calls, chosen, shown), lambda _: bar.update())
+        run_trials(vector, trials, _Acting(calls, chosen, shown, env), lambda _: bar.update())
     seconds = time.perf_counter() - begin
     result = {
         "env": {"name": env.name, "options": env.options_as_json(), "max_steps": env.max_steps, "rate_hz": env.rate_hz},
@@ -211,8 +211,8 @@ def training_tasks(policy: Policy) -> Mapping[str, float]:
 class _Acting(Decider):
     """A policy's chunks, whole, in part, or averaged over time."""
 
-    def __init__(self, calls: PolicyCalls, settings: _Settings, cameras: Mapping[str, str]) -> None:
-        self._calls, self._settings, self._cameras = calls, settings, cameras
+    def __init__(self, calls: PolicyCalls, settings: _Settings, cameras: Mapping[str, str], env: Env) -> None:
+        self._calls, self._settings, self._cameras, self._env = calls, settings, cameras, env
         self._chunks: dict[int, list[tuple[int, np.ndarray]]] = {}  # by slot: (step at which it was predicted, [T, D])
         self._checked = False
 
@@ -220,7 +220,7 @@ class _Acting(Decider):
         """See Decider.decide."""
         if not self._checked:
             for observation in seen.values():
-                check_observation(self._calls.policy, self._cameras, observation)
+                check_observation(self._calls.policy, self._cameras, observation, self._env)
             self._checked = True
         acted = self._calls(_stacked(self._calls.policy, self._cameras, live, seen))
         decided: dict[int, np.ndarray | str] = {}
