@@ -87,6 +87,10 @@ class EpisodeDataset(ABC):
         images = self.episode(0, images=True).images
         return {view: (int(pixels.shape[1]), int(pixels.shape[2])) for view, pixels in images.items()}
 
+    def video_files(self, views: Sequence[str]) -> list[Path]:
+        """The files, other than `source_files`, that these views are decoded from, at hand or not; this default has none."""
+        return []
+
     def __iter__(self) -> Iterator[Episode]:
         for index in range(len(self)):
             yield self.episode(index)
