@@ -144,6 +144,13 @@ class Policy(nn.Module, ABC):
     def losses(self, batch: PolicyBatch) -> Mapping[str, Tensor]:
         """Weighted losses by name; their sum is trained."""
 
+    def terms(self, batch: PolicyBatch) -> Mapping[str, int]:
+        """Of how many terms each loss of `losses` is the mean in this batch, by name; one that is left out: of its samples.
+
+        So the losses of parts of a batch add up to those of the whole. This default leaves out all.
+        """
+        return {}
+
     def report(self) -> Mapping[str, float]:
         """What the last `losses` outside training noted beside the losses, by name: e.g. the accuracy of codes."""
         return {}

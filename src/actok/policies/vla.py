@@ -240,6 +240,14 @@ class VLA(Policy):
             found["text_after"], _ = text_losses(seen, batch.after, self.vocab.end, before=codes)
         return found
 
+    def terms(self, batch: PolicyBatch) -> dict[str, int]:
+        """See Policy.terms: codes, real steps, and tokens of texts with the one that ends each."""
+        found = {"tokens": int((batch.codes >= 0).sum()), "flow": int(batch.real.sum())}
+        for name, texts in (("text", batch.text), ("text_after", batch.after)):
+            said = [] if texts is None else self.backbone.text_ids(texts)
+            found[name] = len(batch) + sum(map(len, said))
+        return found
+
     def _codes_in_text(self, codes: np.ndarray) -> list[list[int]]:
         """Codes [B, n] (-1 behind the end) as the backbone reads them within a text: its ids, and <EoBlk>.
 

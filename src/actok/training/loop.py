@@ -54,6 +54,9 @@ class Loop(ABC):
     its state. `done` is the number of steps done, `seconds` what they took, `waited` how much of it went by waiting for data.
     """
 
+    # What to do where memory does not suffice for a step, in words.
+    smaller = "make batch_size smaller (--batch-size)"
+
     def __init__(
         self,
         config: TrainConfig,
@@ -128,6 +131,12 @@ class Loop(ABC):
     def _forward(self, batch: Any) -> tuple[Mapping[str, Tensor], CodeUse | None]:
         """Weighted losses by name, and the use of codes where there is one to watch. Called under autocast."""
 
+    def _gradients(self, batch: Any) -> tuple[Mapping[str, Tensor], CodeUse | None]:
+        """Forward and backward pass of a step; what `_forward` gives."""
+        losses, use = self._losses(batch)
+        self._backward(losses)
+        return losses, use
+
     def _due(self) -> bool:
         """Whether an evaluation may take place after the step just done."""
         return True
@@ -175,7 +184,8 @@ class Loop(ABC):
                     stopping = self._agreed(signals.requested)
                     self._after_step(stopping, feed.waited)
                 except (MemoryError, RuntimeError) as error:
-                    if found := explain(error, step + 1, config.batch_size, self.accelerator.num_processes):
+                    processes = self.accelerator.num_processes
+                    if found := explain(error, step + 1, config.batch_size, processes, self.smaller):
                         raise found from error
                     raise
                 if stopping and self.done < config.steps:
@@ -203,12 +213,8 @@ class Loop(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(step)
         torch.manual_seed(_mixed(self.config.seed, step, self.accelerator.process_index))
-        device = self.accelerator.device
         self._begin(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            losses, use = self._forward(batch.to(device))
-        loss = torch.stack([value.float() for value in losses.values()]).sum()
-        self.accelerator.backward(loss)
+        losses, use = self._gradients(batch)
         norm = None
         if self.config.clip_norm:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -218,6 +224,16 @@ class Loop(ABC):
             decay = min(self.config.weight_ema, (1 + step) / (10 + step))  # so that the initial weights are forgotten
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.names.values()], 1 - decay)
         self.report.step(losses, norm, use)
+
+    def _losses(self, batch: Any) -> tuple[Mapping[str, Tensor], CodeUse | None]:
+        """`_forward` on this process's device, at the run's precision."""
+        device = self.accelerator.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self._forward(batch.to(device))
+
+    def _backward(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the gradient of the sum of these losses to that of every parameter."""
+        self.accelerator.backward(torch.stack([value.float() for value in losses.values()]).sum())
 
     def _agreed(self, requested: bool) -> bool:
         """Whether to stop now: what this process wants, or any of several, which then all stop after the same step."""

@@ -75,12 +75,20 @@ class PolicyTrainConfig(TrainConfig):
             3.2 and ablations) pretrains the action expert inside the vision-language model and then tunes both with part
             of it frozen; which part it does not say. With the vision tower as that part: stages = [{share = 0.3, train =
             ["expert"]}, {share = 0.7, train = ["expert", "language"]}].
+        accumulate: parts that each process takes its share of a batch in, one after the other: their gradients are added up to
+            that of the whole batch, in about a part's memory. The samples of a step stay the same.
     """
 
     stages: tuple[Stage, ...] = ()
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._whole("accumulate", 1)
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be taken in {self.accumulate} parts of one size; let accumulate divide it"
+            )
         for name, reason in FOREIGN.items():
             if getattr(self, name):
                 raise ConfigError(f"{name} is no setting of a policy ({reason}); leave it out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actok.core import ConfigError
 from actok.policies.base import Policy, PolicyBatch
 from actok.training.checkpoint import Checkpoint
 from actok.training.loop import Loop
@@ -33,15 +34,22 @@ class PolicyTrainer(Loop):
     Validation losses are told and not chosen by: the last weights are kept, since the loss of an imitated action says little
     about the success of a policy (docs/policies/training.md).
 
+    With `accumulate` a step's gradient is that of the whole batch up to rounding, each loss being weighted by the terms that
+    it is the mean of (`Policy.terms`), and so are the losses told. What is drawn on the way (positions, noise, dropout) is
+    drawn part by part, so it is not what the batch in one piece would draw.
+
     Args:
         policy: to train.
         data: training samples, and those of the validation episodes.
         config: how to train.
         folder: where log and checkpoints go; None: nowhere.
         progress: show a bar on stderr.
+
+    Raises ConfigError where a process's share of a batch cannot be taken in `accumulate` parts.
     """
 
     config: PolicyTrainConfig
+    smaller = "take it in more parts (--train accumulate=2, 4, ...), or make batch_size smaller (--batch-size)"
 
     def __init__(
         self,
@@ -53,6 +61,13 @@ class PolicyTrainer(Loop):
         progress: bool = True,
     ) -> None:
         super().__init__(config, [len(data)], folder=folder)
+        share = config.batch_size // self.ranks
+        if share % config.accumulate:
+            raise ConfigError(
+                f"each of {self.ranks} processes has {share} of a batch's {config.batch_size} samples, which cannot be taken in"
+                f" {config.accumulate} parts of one size; change accumulate or batch_size"
+            )
+        self.part = share // config.accumulate
         self.policy, self.data = policy.train(), data
         self.stages = trained_names(policy, config.stages)
         ever = frozenset().union(*self.stages)
@@ -105,6 +120,25 @@ class PolicyTrainer(Loop):
     def _forward(self, batch: PolicyBatch) -> tuple[Mapping[str, Tensor], CodeUse | None]:
         return self.model(batch), None
 
+    def _gradients(self, batch: PolicyBatch) -> tuple[Mapping[str, Tensor], CodeUse | None]:
+        if self.config.accumulate == 1:
+            return super()._gradients(batch)
+        parts = [_rows(batch, slice(first, first + self.part)) for first in range(0, len(batch), self.part)]
+        terms = [self.policy.terms(part) for part in parts]
+        found: dict[str, Tensor] = {}
+        for number, (part, own) in enumerate(zip(parts, terms, strict=True), 1):
+            # Several processes average their gradients once, in the last part's backward pass.
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(self.model):
+                losses, _ = self._losses(part)
+                shares = {}
+                for name, value in losses.items():
+                    total = sum(other.get(name, self.part) for other in terms)
+                    shares[name] = value * (own.get(name, self.part) / total)
+                self._backward(shares)
+            for name, value in shares.items():
+                found[name] = value.detach() + found.get(name, 0.0)
+        return found, None
+
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def _due(self) -> bool:
@@ -121,7 +155,7 @@ class PolicyTrainer(Loop):
                     self.policy,
                     self.data.validation,
                     most=self.config.eval_chunks,
-                    batch_size=max(1, self.config.batch_size // self.ranks),
+                    batch_size=self.part,
                     bf16=self.config.precision == "bf16",
                 )
         self.accelerator.wait_for_everyone()
@@ -173,8 +207,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Mean losses of a policy on at most so many samples, an even sample, and what its heads report of themselves.
 
-    Returns JSON values: "samples", "losses" by name, "report" by name (mean over batches, weighted by their samples, of those
-    in which the figure exists). Draws are the same every time, and torch's generators stand afterwards as before.
+    Returns JSON values: "samples", "losses" by name (each the mean of its terms, see `Policy.terms`), "report" by name (mean
+    over batches, weighted by their samples, of those in which the figure exists). Draws are the same every time, and torch's generators stand afterwards as before.
     """
     device = next(policy.parameters()).device
     rows = np.unique(np.linspace(0, len(samples) - 1, most).round().astype(np.int64))
@@ -186,15 +220,38 @@ def evaluate(
             torch.manual_seed(EVALUATION_SEED)
             for first in range(0, len(rows), batch_size):
                 chosen = rows[first : first + batch_size]
+                batch = samples.batch(chosen)
+                terms = policy.terms(batch)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    losses = policy.losses(samples.batch(chosen).to(device))
+                    losses = policy.losses(batch.to(device))
                 for key, found in (("losses", losses), ("report", policy.report())):
                     for name, value in found.items():
                         if key == "losses" or math.isfinite(float(value)):  # a level may have no code in a batch
                             total = sums[key].setdefault(name, [0.0, 0.0])
-                            total[0] += float(value) * len(chosen)
-                            total[1] += len(chosen)
+                            weight = terms.get(name, len(chosen)) if key == "losses" else len(chosen)
+                            total[0] += float(value) * weight
+                            total[1] += weight
     finally:
         policy.train(was)
     means = {key: {name: total / count for name, (total, count) in found.items()} for key, found in sums.items()}
     return {"samples": len(rows), **means}
+
+
+def _rows(batch: PolicyBatch, rows: slice) -> PolicyBatch:
+    """Some samples of a batch."""
+    seen = batch.observation
+    observation = replace(
+        seen,
+        instruction=seen.instruction[rows],
+        proprio=None if seen.proprio is None else seen.proprio[rows],
+        images={view: pixels[rows] for view, pixels in seen.images.items()},
+    )
+    return replace(
+        batch,
+        observation=observation,
+        actions=batch.actions[rows],
+        real=batch.real[rows],
+        codes=batch.codes[rows],
+        text=None if batch.text is None else batch.text[rows],
+        after=None if batch.after is None else batch.after[rows],
+    )

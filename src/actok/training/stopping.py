@@ -54,14 +54,17 @@ class StopSignals:
         self.requested = True
 
 
-def explain(error: Exception, step: int, batch_size: int, processes: int) -> TrainingError | None:
-    """What an error in step `step` (from 1) means for a user; None where it says so itself."""
+def explain(error: Exception, step: int, batch_size: int, processes: int, smaller: str) -> TrainingError | None:
+    """What an error in step `step` (from 1) means for a user, `smaller` being how less of a batch is taken at a time.
+
+    None where the error says so itself.
+    """
     words = " ".join(str(error).split())
     name = type(error).__name__
     if isinstance(error, MemoryError) or "OutOfMemory" in name or any(w in words for w in MEMORY_WORDS):
         return TrainingError(
-            f"out of memory in step {step} with batches of {batch_size} chunks; make batch_size smaller (--batch-size), or"
-            f" eval_chunks, or the model (--set), or take precision=bf16 ({words[:120]})"
+            f"out of memory in step {step} with batches of {batch_size} chunks; {smaller}, or make"
+            f" eval_chunks or the model (--set) smaller, or take precision=bf16 ({words[:120]})"
         )
     if processes > 1 and (name.startswith("Dist") or any(w in words for w in RANK_WORDS)):
         return TrainingError(
