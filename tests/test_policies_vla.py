@@ -27,7 +27,7 @@ from actok.policies.presets import find_policy_preset, policy_presets
 from actok.policies.prompt import StateRange, prompts
 from actok.policies.tiny import TinyConfig, TinyVLM
 from actok.policies.token_head import TokenHead, read_on, say
-from actok.policies.vla import VLA, VLAConfig
+from actok.policies.vla import VLA, VLAConfig, integrity
 from actok.training import fit_parts, load
 from actok.training.policy_stages import policy_train_config
 
@@ -537,6 +537,41 @@ def test_no_code_is_said_where_codes_are_the_tail_of_the_text_ids(monkeypatch):
     assert not low <= said[0] < high
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vocabulary": "added"},
+        {"vocabulary": "tail", "reserved": 20},
+        {"vocabulary": "range", "id_range": [40, 320]},
+        {"vocabulary": "range", "id_range": [900, 1201]},
+        {"vocabulary": "range", "id_range": [900, 1201], "token_expert": 8, "concludes": True},
+    ],
+)
+def test_codes_have_the_ids_that_the_settings_say(settings, tmp_path):
+    policy = policy_of("bins", **settings)
+    rows = TinyVLM.create(
+        TinyConfig(width=24, layers=2, heads=3, image_size=16, image_channels=(4, 8)), TASKS
+    ).vocab_size
+    layout = policy.tokenizer.layout_for(policy.horizon, policy.embodiment)
+    first, second = policy.vocab.to_lm([0, 1], layout)
+    start = {"added": rows, "tail": rows - 1 - 20, "range": settings.get("id_range", [0])[0]}[settings["vocabulary"]]
+    assert (first, second - first) == (start, -1 if settings["vocabulary"] == "tail" else 1)
+    assert policy.backbone.vocab_size == max(rows, policy.vocab.span[1])
+    acted = policy.act(observation())
+    assert acted.valid.all()
+    policy.save_pretrained(tmp_path / "policy")
+    again = load_policy(tmp_path / "policy")
+    assert again.config == policy.config
+    np.testing.assert_array_equal(again.act(observation()).actions, acted.actions)
+    if not policy.config.token_expert:  # nothing but these rows is read as codes, and asked for them
+        with torch.no_grad():
+            policy.backbone.table[slice(*policy.vocab.span)] += 1
+        assert not torch.equal(
+            head_of(policy).losses(policy._see(policy._look(observation()), observation()), batch(policy))["tokens"],
+            head_of(again).losses(again._see(again._look(observation()), observation()), batch(again))["tokens"],
+        )
+
+
 @pytest.mark.parametrize("expert", [0, 16])
 @pytest.mark.parametrize("name", ["bins", "fast"])
 def test_what_is_said_after_the_blocks_depends_on_the_codes(name, expert):
@@ -664,8 +699,18 @@ def test_an_edited_description_is_refused_and_one_laid_out_anew_is_not(tmp_path)
     assert load_policy(folder).horizon == T
     body["horizon"] = T - 2
     (folder / "config.json").write_text(json.dumps(body))
-    with pytest.raises(ArtifactError, match="edited after saving"):
+    with pytest.raises(ArtifactError, match="edited after saving .integrity hash differs"):
         load_policy(folder)
+    del body["integrity"]
+    (folder / "config.json").write_text(json.dumps(body))
+    with pytest.raises(ArtifactError, match="edited after saving .integrity hash is gone"):
+        load_policy(folder)
+
+
+def signed(body: dict) -> None:
+    """As if it had been saved so."""
+    body.pop("integrity")
+    body["integrity"] = integrity(body)
 
 
 def test_a_policy_in_place_of_its_tokenizer_is_named(tmp_path):
@@ -691,7 +736,7 @@ def test_a_policy_with_another_tokenizer_in_its_folder_is_refused(tmp_path):
     folder = policy_of("bins").save_pretrained(tmp_path / "policy")
     body = json.loads((folder / "config.json").read_text())
     body["tokenizer"] = "0" * 64
-    del body["integrity"]
+    signed(body)
     (folder / "config.json").write_text(json.dumps(body))
     with pytest.raises(ArtifactError, match="another tokenizer"):
         load_policy(folder)
@@ -709,7 +754,8 @@ def test_a_policy_with_another_tokenizer_in_its_folder_is_refused(tmp_path):
 def test_a_description_that_lacks_something_is_refused(key, message, tmp_path):
     folder = policy_of("bins").save_pretrained(tmp_path / "policy")
     body = json.loads((folder / "config.json").read_text())
-    del body[key], body["integrity"]
+    del body[key]
+    signed(body)
     (folder / "config.json").write_text(json.dumps(body))
     with pytest.raises(ArtifactError, match=message):
         load_policy(folder)
@@ -756,6 +802,15 @@ def test_what_the_policy_was_not_trained_on_is_refused():
         ({"concludes": True, "heads": ("flow",), "flow_expert": 8}, "concludes"),
         ({"concludes": "yes"}, "concludes is 'yes'"),
         ({"temperature": -1.0}, "temperature"),
+        ({"vocabulary": "text"}, "vocabulary is 'text'; choose one of added, tail, range"),
+        ({"vocabulary": "range"}, "give both vocabulary=range and id_range"),
+        ({"id_range": (5, 90)}, "give both vocabulary=range and id_range"),
+        ({"vocabulary": "range", "id_range": (5, 9.5)}, "two whole numbers"),
+        ({"vocabulary": "range", "id_range": (5,)}, "two whole numbers"),
+        ({"vocabulary": "range", "id_range": (5, 9)}, "the range from 5 to before 9 is too small"),
+        ({"reserved": 4}, "reserved is 4 and vocabulary 'added'"),
+        ({"vocabulary": "tail", "reserved": 20, "token_expert": 8}, "set token_expert=0"),
+        ({"vocabulary": "tail"}, r"leave them above it \(reserved=\d+\)"),
     ],
 )
 def test_settings_that_cannot_be_are_named(settings, message):

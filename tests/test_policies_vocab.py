@@ -182,9 +182,10 @@ def test_json_gives_an_equal_map(shared):
         ({"kind": "range", "start": -4, "stop": 40}, "the range from -4"),
         (
             {"kind": "range", "start": 31, "stop": 50, "special": (2, 34)},
-            "special id 34 is among the map's ids 31 to 40",
+            "special id 34 is among the map's ids 31 to 40 .* move the range",
         ),
-        ({"kind": "tail", "special": (96,)}, "special id 96 is among the map's ids 91 to 100"),
+        ({"kind": "tail", "special": (96,)}, r"special id 96 is among the map's ids 91 to 100 .* \(reserved=5\)"),
+        ({"special": (50, 107, 103)}, "special id 103 is among the map's ids 101 to 110 .2 such ids are.; count them"),
         ({"kind": "tail", "existing": {"end": 100}}, "'end' has the id 100, which is among the map's ids 92 to 100"),
         ({"existing": {"end": 101}}, "the model has ids 0 to 100"),
         ({"existing": {"eos": 1}}, "the control tokens are boblk, eoblk, end"),

@@ -15,10 +15,21 @@ import actok
 import test_policy_backbones
 from actok.backbones.policy_models import load_backbone
 from actok.cli.main import main
-from actok.core import ChunkContext, ConfigError, DataError, SpaceMismatchError
+from actok.core import (
+    ActionGroup,
+    ActionSpace,
+    ArtifactError,
+    ChunkContext,
+    ConfigError,
+    DataError,
+    SpaceMismatchError,
+)
+from actok.core.registry import CONFIGS
 from actok.data import open_dataset, split_dataset
+from actok.data.resample import resample
 from actok.policies.base import Policy, PolicyObservation
-from actok.policies.load import load_policy
+from actok.policies.load import load_policy, policy_integrity
+from actok.policies.presets import find_policy_preset
 from actok.signal.statistics import Statistics
 from actok.training import TrainingError, TrainingStopped, policy_images
 from actok.training.policy import policy_tokenizer, train_policy
@@ -53,6 +64,11 @@ def frames(episodes: int = 20, seed: int = 0, **more) -> dict:
         "phase_names": np.array(["reach", "pull"]),
         **more,
     }
+
+
+def space_of(name: str, rate_hz: float) -> ActionSpace:
+    group = ActionGroup(name="all", kind="joint", dims=tuple(range(D)), mode="absolute", unit="rad", scale=1.0)
+    return ActionSpace(embodiment=name, dim=D, groups=(group,), rate_hz=rate_hz)
 
 
 def without(*keys: str) -> dict:
@@ -222,6 +238,36 @@ def test_data_of_another_space_or_rate_are_refused_with_the_difference(bins):
         PolicyData.build(frames(control_hz=20.0), slow, progress=False)
 
 
+def test_resampled_data_train_with_what_was_seen_at_each_new_step():
+    space = space_of("arm", 20.0)
+    source = open_dataset(frames(), space=space)
+    slow = actok.fit("bins", source, horizon=T, bins=11, rate_hz=8.0)
+    with pytest.raises(SpaceMismatchError, match=r"resample the data \(--rate 8\)"):
+        PolicyData.build(source, slow, progress=False)
+    data = PolicyData.build(source, slow, rate_hz=8.0, views=["image"], text="subtask", progress=False)
+    train = split_dataset(source, fractions=(0.8, 0.1, 0.1), seed=0).train
+    at = 0
+    for e in train:
+        episode = source.episode(int(e), images=True)
+        steps = int(np.ceil(len(episode) * 8 / 20))
+        seen = [int(np.floor(k * 20 / 8 + 1e-9)) for k in range(steps)]
+        batch = data.batch(np.arange(at, at + steps))
+        np.testing.assert_array_equal(batch.observation.images["image"], episode.images["image"][seen])
+        np.testing.assert_array_equal(batch.observation.proprio, episode.proprio[seen])
+        phases = [("reach", "pull")[episode.subtask[i]] for i in seen]
+        assert all(phase in text for phase, text in zip(phases, batch.text, strict=True))
+        whole = resample(episode.actions, space, 20.0, 8.0)
+        np.testing.assert_allclose(
+            slow.denormalise(batch.actions[0].numpy()[None], ChunkContext(embodiment="arm"))[0, :steps][:T],
+            whole[:T],
+            atol=1e-5,
+        )
+        at += steps
+    assert at == len(data)
+    assert data.origin[0]["resampled"] == {"from_hz": 20.0, "to_hz": 8.0}
+    assert data.space.rate_hz == 8.0
+
+
 def test_images_beyond_the_memory_for_them_are_refused_before_they_are_read(bins, monkeypatch):
     monkeypatch.setattr(policy_images, "MOST_BYTES", 20_000)
     with pytest.raises(DataError, match=r"frames of image \(6 x 4\) take 0.0 GB, more than the 0 GB"):
@@ -364,12 +410,142 @@ def test_groups_of_a_whole_policy(bins):
         for group in groups
     }
     every = {name for name, _ in policy.named_parameters()}
-    assert found["backbone"] | found["expert"] | found["state"] == every
-    assert found["tokens"] | found["flow"] == found["expert"]
+    assert found["backbone"] | found["expert"] == every
+    assert not found["backbone"] & found["expert"]
+    assert found["tokens"] | found["flow"] | found["state"] == found["expert"]
     assert not found["tokens"] & found["flow"]
+    assert found["state"] == {n for n in every if n.startswith("state_in.")}
     assert found["vision"] | found["language"] == found["backbone"]
     assert found["vision"] == {n for n in every if n.startswith("backbone.stem.")}
     assert found["embeddings"] == {"backbone.table"}
+
+
+@pytest.mark.parametrize("preset", [p.stem for p in (CONFIGS / "policies").glob("*.toml")])
+@pytest.mark.parametrize("state", ["text", "vector"])
+def test_every_presets_stages_train_all_that_is_new(bins, preset, state):
+    found = find_policy_preset(preset)
+    settings = {**found.policy, "spacing": 0, "state": state, "backbone": {"kind": "tiny", **TINY["backbone"]}}
+    for width in ("token_expert", "flow_expert"):
+        settings[width] = 8 if settings.get(width) else 0
+    stages = [{**stage, "share": stage["share"]} for stage in found.training.get("stages", [])]
+    policy = train_policy(
+        frames(),
+        bins,
+        settings=settings,
+        views=["image"],
+        training=FEW | {"steps": 2, "stages": stages},
+        progress=False,
+    )
+    ever = frozenset().union(*trained_names(policy, PolicyTrainConfig(stages=stages).stages))
+    new = {name for name, _ in policy.named_parameters() if not name.startswith("backbone.")} | {"backbone.table"}
+    assert new <= ever
+    assert any(name.startswith("state_in.") for name in new) == (state == "vector")
+
+
+@pytest.mark.parametrize(
+    ("settings", "train", "left"),
+    [
+        ({"state": "vector", "token_expert": 8}, ["tokens", "language"], "no stage trains state_in.* add 'state'"),
+        (
+            {"heads": ["flow"], "flow_expert": 8, "state": "vector"},
+            ["state"],
+            "no stage trains parts.flow.* add 'flow'",
+        ),
+        ({"state": "vector"}, ["expert"], r"no stage trains backbone\.table.* add 'embeddings'"),
+        ({"state": "text"}, [r"backbone\.blocks"], r"no stage trains backbone\.table.* add 'embeddings'"),
+    ],
+)
+def test_stages_that_leave_something_random_are_refused(bins, settings, train, left):
+    training = FEW | {"stages": [{"share": 1, "train": train}]}
+    with pytest.raises(ConfigError, match=left):
+        train_policy(frames(), bins, settings={**TINY, **settings}, training=training, progress=False)
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A saved policy that looks and reads a state, of a tokenizer that another robot shares."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("started") / "policy"
+    space = {"first": space_of("first", 20.0), "second": space_of("second", 20.0)}
+    sets = [open_dataset(frames(seed=i), space=s) for i, s in enumerate(space.values())]
+    tokenizer = actok.fit("bins", sets, horizon=T, bins=11)
+    settings = {**TINY, "state": "vector", "token_expert": 8}
+    policy = train_policy(
+        sets[0], tokenizer, settings=settings, views=["image"], training=FEW | {"steps": 2}, progress=False
+    )
+    policy.save_pretrained(folder)
+    return folder, space
+
+
+def test_training_goes_on_from_a_saved_policy_on_other_data(started, tmp_path):
+    folder, space = started
+    first = load_policy(folder)
+    more = frames(episodes=13, seed=5, instruction=np.array(["wipe the table"] * 13))
+    other = open_dataset(more, space=space["first"])
+    still = train_policy(
+        other, init=folder, training=FEW | {"steps": 1, "learning_rate": 1e-12, "warmup_steps": 0}, progress=False
+    )
+    assert all(
+        torch.allclose(a, b, atol=1e-9) for a, b in zip(weights(first).values(), weights(still).values(), strict=True)
+    )
+    went = train_policy(other, init=folder, training=FEW | {"steps": 4}, run=tmp_path / "run", progress=False)
+    assert not same(weights(first), weights(went))
+    assert went.config == first.config
+    assert (went.vocab, went.views, went.horizon) == (first.vocab, first.views, first.horizon)
+    assert went.state.to_dict() == first.state.to_dict()
+    assert went.tokenizer.weights_hash == first.tokenizer.weights_hash
+    assert went.meta["started_from"] == {"name": "policy", "integrity": policy_integrity(folder)}
+    assert went.meta["data"] != first.meta["data"]
+    assert set(went.meta["task_steps"]) == {"open", "shut"}
+    assert same(weights(load_policy(folder)), weights(first))
+    with pytest.raises(ConfigError, match="init"):
+        train_policy(
+            other,
+            first.tokenizer,
+            settings=TINY,
+            views=["image"],
+            training=FEW | {"steps": 4},
+            run=tmp_path / "run",
+            resume=True,
+            progress=False,
+        )
+    # One part alone may learn: nothing is random any more.
+    part = [{"share": 1, "train": ["tokens"]}]
+    alone = train_policy(other, init=folder, training=FEW | {"steps": 2, "stages": part}, progress=False)
+    moved = {n for n, value in weights(alone).items() if not torch.equal(value, weights(first)[n])}
+    assert moved
+    assert all(name.startswith("parts.tokens.") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [
+        ({}, {"tokenizer": "bins"}, ConfigError, "tokenizer cannot be given beside a policy"),
+        ({}, {"views": ["image"], "horizon": 3}, ConfigError, "horizon, views cannot be given"),
+        ({}, {"settings": {"block": 1}}, ConfigError, "settings cannot be given"),
+        ({}, {"space": "second"}, SpaceMismatchError, "the policy acts as 'first', the data are of 'second'"),
+        ({"proprio": np.zeros((1, 2))}, {}, DataError, "reads a state of 5 numbers, the data have 2"),
+        ({"image": None}, {}, DataError, "has no view 'image'"),
+        ({}, {"init": "nowhere"}, ArtifactError, "nowhere"),
+        ({}, {"init": None}, ConfigError, "neither a tokenizer nor a policy to start from"),
+    ],
+)
+def test_what_a_saved_policy_cannot_go_on_with_is_refused(started, change, options, error, message, monkeypatch):
+    folder, space = started
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    source = frames()
+    for key, value in change.items():
+        if value is None:
+            source.pop(key)
+        else:
+            source[key] = np.tile(value, (len(source["action"]), 1)).astype("float32")
+    options = {"init": folder, **options}
+    data = open_dataset(source, space=space[options.pop("space", "first")])
+    with pytest.raises(error, match=message):
+        train_policy(data, training=FEW, progress=False, **options)
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -598,13 +774,15 @@ def test_a_tokenizer_by_name_is_fitted_on_the_same_episodes(bins, tmp_path):
     assert found.weights_hash == policy_tokenizer(str(tmp_path / "bins"), frames()).weights_hash == bins.weights_hash
     with pytest.raises(ConfigError, match="trained first: actok fit fastervq-tiny --data demos --out TOKENIZER"):
         policy_tokenizer("fastervq-tiny", ["demos"])
+    with pytest.raises(ConfigError, match="'bims' is neither a folder here nor a tokenizer .* did you mean 'bins'"):
+        policy_tokenizer("bims", frames())
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
 
 ARGUMENTS = ["--tokenizer", "bins:bins=11", "--horizon", str(T), "--steps", "6", "--batch-size", "8"]
 MORE = ["--set", "backbone.width=16", "backbone.layers=1", "backbone.heads=2", "spacing=0"]
-STAGES = 'stages=[{share=0.5,train="embeddings"},{share=0.5,train=["backbone"]}]'
+STAGES = 'stages=[{share=0.5,train="embeddings"},{share=0.5,train=["backbone","state"]}]'
 OFTEN = ["--train", "log_every=2", "weight_decay=0.0", STAGES]
 
 
@@ -633,6 +811,26 @@ def test_the_command_line_in_one_process_and_in_two_ends_with_the_same_weights(t
     first = weights(load_policy(tmp_path / "one"))
     assert one.keys() == other.keys() == first.keys()
     assert all(torch.allclose(one[name], other[name], atol=2e-4) for name in one)
+
+
+def test_the_command_line_resamples_and_goes_on_from_a_saved_policy(tmp_path, capsys):
+    np.savez(tmp_path / "moves.npz", **without("image"), control_hz=20.0)
+    common = ["train-policy", "--data", str(tmp_path / "moves.npz"), "--steps", "2", "--batch-size", "8"]
+    first, then = str(tmp_path / "first"), str(tmp_path / "then")
+    tokenizer = ["--tokenizer", "bins:bins=11", "--horizon", str(T)]
+    assert main([*common, *tokenizer, *MORE, "--rate", "8", "--out", first]) == 0
+    assert load_policy(first).space.rate_hz == 8.0
+    assert main([*common, "--init", first, "--out", then]) == 1
+    assert "resample the data (--rate 8)" in capsys.readouterr().err
+    assert main([*common, "--init", first, "--rate", "8", "--out", then]) == 0
+    assert load_policy(then).meta["started_from"]["name"] == "first"
+    for given, message in (
+        (["--init", first, *tokenizer], "tokenizer, horizon cannot be given"),
+        (["--init", first, "--backbone", "some/model"], "settings cannot be given"),
+        ([], "neither a tokenizer nor a policy to start from is given; name one (--tokenizer, or --init)"),
+    ):
+        assert main([*common, *given, "--out", str(tmp_path / "none")]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):

@@ -82,17 +82,22 @@ def build_parser() -> argparse.ArgumentParser:
     v = verb("train-policy", "train a policy that acts through a tokenizer's codes, by imitation", "policy")
     v.add_argument(
         "--tokenizer",
-        required=True,
         metavar="DIR_OR_NAME",
         help="saved tokenizer, or a closed-form one of `actok list` (with settings: fast:scale=20) to fit on these data",
     )
+    v.add_argument(
+        "--init",
+        metavar="DIR",
+        help="instead: go on from a saved policy (or Hub id), with its tokenizer, backbone, settings and views",
+    )
     _data(v, many=True)
+    _rate(v)
     v.add_argument("--out", required=True, metavar="DIR", help="folder to save the policy in")
     v.add_argument("--policy", default="actok-vla-tiny", metavar="NAME", help="preset (default: actok-vla-tiny)")
     v.add_argument("--backbone", metavar="HUB_ID_OR_FOLDER", help="vision-language model (default: the preset's)")
     v.add_argument("--views", metavar="A,B,...", help="cameras to look through (default: none, the state alone)")
     v.add_argument("--horizon", type=int, metavar="T", help="steps of a chunk (default: the tokenizer's)")
-    _settings(v)
+    _settings(v, "override settings: heads, block, spacing, state, vocabulary, token_expert, flow_expert, ... (vla.md)")
     _steps(
         v.add_argument_group("training", "Several processes: `torchrun --nproc_per_node N -m actok train-policy ...`.")
     )
@@ -177,7 +182,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="temporal ensembling: a chunk at every step, averaged with weights exp(-X i), i = 0 the oldest (ACT: 0.01)",
     )
     v.add_argument(
-        "--limit", type=float, default=1.5, metavar="X", help="steps, in lengths of a demonstration (default: 1.5)"
+        "--limit",
+        type=float,
+        default=1.5,
+        metavar="X",
+        help="steps, in lengths of a demonstration; inf: the simulator's own limit (default: 1.5)",
     )
     v.add_argument(
         "--deadline",
@@ -196,7 +205,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="which of the simulator's views shows what the policy calls VIEW (default: the one of the same name)",
     )
     v.add_argument("--batch", type=int, default=16, metavar="N", help="episodes at a time (default: 16)")
-    v.add_argument("--device", default="cpu", help="where the policy runs, as torch names it (default: cpu)")
+    v.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    v.add_argument(
+        "--precision",
+        choices=("float32", "bf16"),
+        help="in which the policy computes (default: on cpu float32, elsewhere that of its training)",
+    )
     v.add_argument("--workers", type=int, default=2, help=WORKERS_HELP)
     v.add_argument(
         "--record", type=int, metavar="N", help="episodes to film (default: 2 where the simulator has cameras)"

@@ -16,6 +16,7 @@ __all__ = ["run", "training_text"]
 def run(args: argparse.Namespace) -> int:
     """Train on the training episodes, save, and say what was made."""
     from actok.core import ConfigError, parse_assignments
+    from actok.core.tokenizer import ActionTokenizer
     from actok.training.policy import policy_tokenizer, train_policy
     from actok.training.run_folder import check_run
 
@@ -30,14 +31,20 @@ def run(args: argparse.Namespace) -> int:
     training = training_settings(args)
     views = tuple(view.strip() for view in (args.views or "").split(",") if view.strip())
     try:
-        tokenizer = policy_tokenizer(args.tokenizer, args.data, horizon=args.horizon, space=args.space, seed=args.seed)
+        tokenizer: ActionTokenizer | None = None
+        if args.tokenizer is not None and args.init is None:
+            tokenizer = policy_tokenizer(
+                args.tokenizer, args.data, horizon=args.horizon, space=args.space, rate_hz=args.rate, seed=args.seed
+            )
         policy = train_policy(
             args.data,
-            tokenizer,
+            tokenizer or args.tokenizer,
+            init=args.init,
             preset=args.policy,
             horizon=args.horizon,
             views=views,
             space=args.space,
+            rate_hz=args.rate,
             seed=args.seed,
             settings=settings,
             training=training,

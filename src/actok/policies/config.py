@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from actok.core import ConfigError
 from actok.policies.prompt import STATE_FORMS
 from actok.policies.sampling import SamplingConfig
+from actok.policies.vocab import KINDS
 
 # Settings of how actions are drawn, which no weight depends on, and the head whose actions they are.
 DECODING = {"temperature": "tokens", "top_k": "tokens", "flow_steps": "flow"}
@@ -25,8 +26,11 @@ class VLAConfig:
         state: how proprioception is read: "text" (whole numbers in the prompt, as in FASTer), "vector" (one embedding,
             as in pi0) or "none".
         state_bins: whole numbers of "text".
-        vocabulary: where codes live among the backbone's ids: "added" or "tail" (`VocabularyMap`).
-        reserved: ids left alone above a "tail".
+        vocabulary: where codes live among the backbone's ids: "added", "tail" or "range" (`VocabularyMap`). An action expert
+            has a table of its own: with `token_expert` these ids are those of codes that are read (`concludes`).
+        reserved: ids left alone above a "tail", counted from the last row of the backbone's table, padding included. (openpi
+            leaves 128 above its codes on PaliGemma; transformers' PaliGemma has 64 rows more, so that there it is 192.)
+        id_range: first id of a "range", and the one behind its last.
         token_expert: width of the action expert that emits codes; 0: the backbone emits them itself.
         flow_expert: width of the flow-matching expert.
         flow_steps: Euler steps when acting.
@@ -44,6 +48,7 @@ class VLAConfig:
     state_bins: int = 256
     vocabulary: str = "added"
     reserved: int = 0
+    id_range: tuple[int, int] | None = None
     token_expert: int = 0
     flow_expert: int = 0
     flow_steps: int = 10
@@ -62,8 +67,7 @@ class VLAConfig:
         object.__setattr__(self, "heads", tuple(heads))
         if self.state not in STATE_FORMS:
             raise ConfigError(f"state is {self.state!r}; choose one of {', '.join(STATE_FORMS)}")
-        if self.vocabulary not in ("added", "tail"):
-            raise ConfigError(f"vocabulary is {self.vocabulary!r}; choose added or tail")
+        self._check_vocabulary()
         for name, least in (
             ("state_bins", 2),
             ("reserved", 0),
@@ -88,6 +92,32 @@ class VLAConfig:
             if getattr(self, name) and "tokens" not in heads:
                 raise ConfigError(f"{name} needs the head tokens, {reason}; add it, or leave {name} out")
         SamplingConfig(temperature=self.temperature, top_k=self.top_k or None)
+
+    def _check_vocabulary(self) -> None:
+        if self.vocabulary not in KINDS:
+            raise ConfigError(f"vocabulary is {self.vocabulary!r}; choose one of {', '.join(KINDS)}")
+        if (self.vocabulary == "range") != (self.id_range is not None):
+            raise ConfigError(
+                f"vocabulary is {self.vocabulary!r} and id_range {self.id_range!r}; give both vocabulary=range and id_range,"
+                " first id and the one behind the last, e.g. id_range=[256000,257000]"
+            )
+        if self.id_range is not None:
+            given = self.id_range
+            if not isinstance(given, (tuple, list)) or len(given) != 2 or not all(type(i) is int for i in given):
+                raise ConfigError(
+                    f"id_range is {given!r}; give two whole numbers, first id and the one behind the last"
+                )
+            object.__setattr__(self, "id_range", tuple(given))
+        if self.reserved and self.vocabulary != "tail":
+            raise ConfigError(
+                f"reserved is {self.reserved} and vocabulary {self.vocabulary!r}; only a tail has ids above it"
+            )
+        if self.vocabulary != "added" and self.token_expert and not self.concludes:
+            raise ConfigError(
+                f"vocabulary is {self.vocabulary!r} with token_expert={self.token_expert}: an action expert emits codes of a"
+                " table of its own, so that no code would have such an id; set token_expert=0 (the backbone then emits the"
+                " codes), or vocabulary=added"
+            )
 
     @property
     def sampling(self) -> SamplingConfig:

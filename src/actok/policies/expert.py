@@ -2,7 +2,8 @@
 
 Sources: pi0 (arXiv 2410.24164, section IV), whose expert has the backbone's depth and heads but a smaller width, so that
 layer l of it attends to what layer l of the backbone has cached; FASTer (arXiv 2512.04952, section 3.2), whose expert
-emits codes in the same way. Deviation: norm and feed-forward are RMSNorm and SwiGLU for every backbone.
+emits codes in the same way. Deviation: norm and feed-forward are RMSNorm and SwiGLU for every backbone, and its own queries,
+keys and values have neither the norm of Qwen3's nor the biases of Qwen2.5's.
 """
 
 from __future__ import annotations

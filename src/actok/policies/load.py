@@ -11,12 +11,11 @@ from typing import Any
 from actok.backbones.decoder import DecoderBackbone
 from actok.core import ActionTokenizer, ArtifactError, find_class, read_artifact
 from actok.core.artifact import CONFIG_FILE, TENSOR_FILE, locate
-from actok.policies.base import Policy
 from actok.policies.prompt import StateRange
 from actok.policies.vla import BACKBONE, KIND, TOKENIZER, VERSION, VLA, VLAConfig, integrity
 from actok.policies.vocab import VocabularyMap
 
-__all__ = ["is_policy", "load_policy"]
+__all__ = ["is_policy", "load_policy", "policy_integrity"]
 
 
 def is_policy(folder: str | Path) -> bool:
@@ -28,15 +27,13 @@ def is_policy(folder: str | Path) -> bool:
     return isinstance(body, dict) and "policy" in body and "tokenizer" in body
 
 
-def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: str | None = None) -> Policy:
-    """What `save_pretrained` wrote, in evaluation mode.
+def policy_integrity(folder_or_hub_id: str | Path, *, revision: str | None = None) -> str:
+    """Hash of a saved policy: of all that its config.json says, hashes of its files included. Raises as `load_policy`."""
+    return _checked_body(folder_or_hub_id, locate(folder_or_hub_id, revision))[0]
 
-    Raises ArtifactError naming what is missing, truncated, edited or too new.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
 
-    folder = locate(folder_or_hub_id, revision)
+def _checked_body(folder_or_hub_id: str | Path, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Its hash, and what config.json says."""
     if not is_policy(folder):
         raise ArtifactError(f"{folder_or_hub_id} holds no policy; name a folder that `actok train-policy` wrote")
     body = json.loads((folder / CONFIG_FILE).read_bytes())
@@ -46,12 +43,25 @@ def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: 
             f"{folder_or_hub_id} holds a policy {body['policy']!r} of version {version}, this actok reads"
             f" {KIND!r} of version {VERSION}; upgrade actok, or train it again"
         )
-    claimed = body.pop("integrity", None)  # policies of earlier days have none
-    if claimed not in (None, integrity(body)):
+    claimed = body.pop("integrity", None)
+    if claimed != integrity(body):
         raise ArtifactError(
-            f"{folder / CONFIG_FILE} was edited after saving (integrity hash differs); copy it again, or change settings in"
-            " training"
+            f"{folder / CONFIG_FILE} was edited after saving (integrity hash {'is gone' if claimed is None else 'differs'});"
+            " copy it again, or change settings in training"
         )
+    return claimed, body
+
+
+def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: str | None = None) -> VLA:
+    """What `save_pretrained` wrote, in evaluation mode.
+
+    Raises ArtifactError naming what is missing, truncated, edited or too new.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    folder = locate(folder_or_hub_id, revision)
+    _, body = _checked_body(folder_or_hub_id, folder)
     contents = {name: _checked(folder, name, expected) for name, expected in body.get("files", {}).items()}
     tokenizer: ActionTokenizer
     artifact = read_artifact(folder / TOKENIZER)

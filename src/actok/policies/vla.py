@@ -25,6 +25,7 @@ from actok.policies.base import Acted, Policy, PolicyBatch, PolicyObservation
 from actok.policies.config import DECODING, VLAConfig
 from actok.policies.flow_head import FlowHead
 from actok.policies.heads import Head, Seen
+from actok.policies.precision import check_precision, computing, round_matrices
 from actok.policies.prompt import StateRange, prompts
 from actok.policies.token_head import TokenHead, read_on, say, text_losses
 from actok.policies.vocab import VocabularyMap
@@ -124,6 +125,8 @@ class VLA(Policy):
             rest["existing"] = {"end": special["end"]}
         if config.vocabulary == "tail":
             rest["reserved"] = config.reserved
+        if config.id_range is not None:
+            rest["start"], rest["stop"] = config.id_range
         model_vocab = backbone.text_size if config.vocabulary == "added" else backbone.vocab_size
         layout = tokenizer.layout_for(horizon, embodiment)
         vocab = VocabularyMap.for_layouts(config.vocabulary, layout, model_vocab, **rest)
@@ -158,6 +161,21 @@ class VLA(Policy):
                 part.sampling = self.config.sampling
             elif isinstance(part, FlowHead):
                 part.steps = self.config.flow_steps
+        return self
+
+    def with_precision(self, precision: str) -> Self:
+        """See Policy.with_precision. "bf16" is bfloat16 autocast, as in training, with what autocast rounds rounded once.
+
+        So it takes about half the memory, and is for acting alone: nothing brings the rounded digits back. Actions are
+        decoded, and flows integrated, in float32. Raises ConfigError for float32 once it is rounded.
+        """
+        if check_precision(precision) == "float32" != self.precision:
+            raise ConfigError(
+                "the policy was rounded to bf16 when it was set to act in that; load it again for float32"
+            )
+        if precision == "bf16":
+            round_matrices(self)
+        self.precision = precision
         return self
 
     # -- seeing ---------------------------------------------------------------------------------------------------
@@ -252,7 +270,8 @@ class VLA(Policy):
         """Codes [B, n] (-1 behind the end) as the backbone reads them within a text: its ids, and <EoBlk>.
 
         They stand behind the prompt as any token does, one after the other and each seeing those before, whoever emitted
-        them in whatever blocks.
+        them in whatever blocks. Deviation: FASTer (section 3.2) switches between text and blocks within one sequence, so
+        that its words would see the blocks as they were emitted, and not read them once more.
         """
         layout = self.tokenizer.layout_for(self.horizon, self.embodiment)
         return [[*self.vocab.to_lm(row[row >= 0], layout).tolist(), self.vocab.eoblk] for row in codes]
@@ -281,6 +300,16 @@ class VLA(Policy):
 
         Words after the codes are said before this returns, so with a deadline, and by a head without codes, none are.
         """
+        with computing(self.precision, next(self.parameters()).device):
+            return self._act(observation, head, generator, deadline_s)
+
+    def _act(
+        self,
+        observation: PolicyObservation,
+        head: str | None,
+        generator: torch.Generator | None,
+        deadline_s: float | None,
+    ) -> Acted:
         name = head or self.heads[0]
         if name not in self.parts:
             raise ConfigError(f"the policy has no head {name!r}; it has {', '.join(self.heads)}")

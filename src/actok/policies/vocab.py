@@ -119,17 +119,20 @@ class VocabularyMap:
                     f"the range from {self.start!r} to before {self.stop!r} is too small for {self.size} ids (codes and"
                     f" control tokens); give at least stop={_or_zero(self.start) + self.size}, or share the tables' ids"
                 )
-        for name, value in self.existing.items():
-            if low <= value < high:
-                raise ConfigError(
-                    f"the control token {name!r} has the id {value}, which is among the map's ids {low} to {high - 1};"
-                    " move the range, or reserve more"
-                )
-        taken = [value for value in self.special if low <= value < high]
+        taken = {
+            f"the control token {name!r} has the id {value}, which": value for name, value in self.existing.items()
+        }
+        taken |= {f"the special id {value}": value for value in self.special}
+        taken = {text: value for text, value in taken.items() if low <= value < high}
         if taken:
+            text, lowest = min(taken.items(), key=lambda found: found[1])
+            remedy = "move the range"
+            if self.kind == "tail":
+                remedy = f"leave them above it (reserved={self.model_vocab - lowest}), or use kind 'added'"
+            elif self.kind == "added":
+                remedy = "count them in model_vocab"
             raise ConfigError(
-                f"the special id {taken[0]} is among the map's ids {low} to {high - 1} ({len(taken)} of them are); move"
-                " the range, reserve more, or use kind 'added'"
+                f"{text} is among the map's ids {low} to {high - 1} ({len(taken)} such ids are); {remedy}"
             )
 
     @classmethod

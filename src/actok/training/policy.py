@@ -21,13 +21,16 @@ from actok.core import (
     ActionTokenizer,
     ConfigError,
     DataError,
+    SpaceMismatchError,
     build_config,
     find_preset,
     merge_settings,
     split_settings,
+    tokenizer_presets,
 )
-from actok.core.registry import load_target
+from actok.core.registry import load_target, suggest
 from actok.policies.base import Policy
+from actok.policies.load import load_policy, policy_integrity
 from actok.policies.presets import find_policy_preset
 from actok.policies.prompt import StateRange, prompts
 from actok.policies.tiny import TinyConfig, TinyVLM
@@ -35,7 +38,7 @@ from actok.policies.token_head import TokenHead
 from actok.policies.vla import VLA, VLAConfig
 from actok.training.fitting import fit, load
 from actok.training.policy_data import PolicyData
-from actok.training.policy_stages import policy_train_config
+from actok.training.policy_stages import check_nothing_stays_random, policy_train_config
 from actok.training.policy_trainer import PolicyTrainer
 from actok.training.run_folder import RunFolder, check_run
 
@@ -47,12 +50,14 @@ __all__ = ["policy_tokenizer", "train_policy"]
 
 def train_policy(
     data: Any,
-    tokenizer: ActionTokenizer | str | Path,
+    tokenizer: ActionTokenizer | str | Path | None = None,
     *,
+    init: str | Path | None = None,
     preset: str = "actok-vla-tiny",
     horizon: int | None = None,
     views: Sequence[str] = (),
     space: str | Path | ActionSpace | None = None,
+    rate_hz: float | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -67,11 +72,15 @@ def train_policy(
 
     Args:
         data: what `fit` takes, with episodes; of one robot.
-        tokenizer: fitted, or the folder or Hub id of a saved one; it becomes part of the policy as it is.
-        preset: a policy of `actok list policies`.
+        tokenizer: fitted, or the folder or Hub id of a saved one; it becomes part of the policy as it is. None with `init`.
+        init: folder or Hub id of a saved policy, whose training goes on with its weights on these data. Tokenizer, backbone,
+            settings, horizon, views and the range of the state are its own and cannot be given; `preset` and `training`
+            say how.
+        preset: a policy of `actok list policies`; with `init` its training alone counts.
         horizon: T of the chunks; None: the tokenizer's.
         views: cameras to look through, by name or by the last part of it; (): the policy reads the state only.
         space: action space, where the data do not tell.
+        rate_hz: resample the data to this rate first; None: they are of the tokenizer's.
         seed: of the split. (Initial weights and batches have theirs in `training`.)
         settings: fields of `actok.policies.vla.VLAConfig` over the preset's; "backbone" is a table of the small backbone's
             fields over the preset's, or the Hub id or folder of another one.
@@ -83,15 +92,25 @@ def train_policy(
     Returns the policy in evaluation mode, on the device it was trained on; its `meta` says what it was trained on.
 
     Raises:
-        ConfigError: unknown preset or setting. SpaceMismatchError, DataError: the data are not the tokenizer's, or would
-        leave the policy blind (`PolicyData.build`). TrainingError: training broke down. TrainingStopped, a
+        ConfigError: unknown preset or setting, stages that leave something new untrained. SpaceMismatchError, DataError: the
+        data are not the tokenizer's (or not those of the policy of `init`), or would leave the policy blind
+        (`PolicyData.build`). ArtifactError: `init` is no whole policy. TrainingError: training broke down. TrainingStopped, a
         KeyboardInterrupt: SIGTERM or Ctrl-C; the step is finished and, with a run folder, saved.
     """
     if resume and run is None:
         raise ConfigError("resume is asked for without a run folder; name it (run=, --run)")
-    backbone, config = _settings(preset, settings or {})
     found = find_policy_preset(preset)
     trained = policy_train_config(found.training, training or {}, repr(preset))
+    started, origin = None, {}
+    if init is not None:
+        _check_alone(tokenizer=tokenizer, horizon=horizon, views=tuple(views), settings=settings)
+        started, origin = load_policy(init), {"name": Path(init).name, "integrity": policy_integrity(init)}
+        backbone, config = started.meta.get("backbone", {}), started.config
+        tokenizer, horizon, views = started.tokenizer, started.horizon, started.views
+    else:
+        backbone, config = _settings(preset, settings or {})
+    if tokenizer is None:
+        raise ConfigError("neither a tokenizer nor a policy to start from is given; name one (--tokenizer, or --init)")
     if run is not None:
         check_run(run, resume=resume)
     if not isinstance(tokenizer, ActionTokenizer):
@@ -103,14 +122,19 @@ def train_policy(
         views=views,
         seed=seed,
         space=space,
+        rate_hz=rate_hz,
         text="subtask" if config.speaks else "none",
         after="subtask" if config.concludes else "none",
         anchored=config.state != "none",
         progress=progress,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(trained.seed)
-        policy = _untrained(samples, backbone, config, preset)
+    if started is not None:
+        policy = _going_on(started, samples, preset, origin)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(trained.seed)
+            policy = _untrained(samples, backbone, config, preset)
+        check_nothing_stays_random(policy, policy.heads, trained.stages)
     main = int(os.environ.get("RANK", "0")) == 0
     folder = None
     if run is not None:
@@ -125,6 +149,7 @@ def train_policy(
             "views": list(samples.views),
             "state": _short_hash(samples.proprio_statistics),
             "data": list(samples.origin),
+            **({} if init is None else {"init": origin}),
         }
         folder = RunFolder(run, identity, resume=resume, main=main)
     trainer = PolicyTrainer(policy, samples, trained, folder=folder, progress=progress)
@@ -143,22 +168,71 @@ def policy_tokenizer(
     *,
     horizon: int | None = None,
     space: str | Path | ActionSpace | None = None,
+    rate_hz: float | None = None,
     seed: int = 0,
 ) -> ActionTokenizer:
     """A tokenizer for `train_policy`: a saved one by folder or Hub id, or a closed-form preset fitted on the same episodes.
 
-    `name` may carry settings, as in "fast:scale=20". Raises ConfigError for a learned preset, with the command that trains it.
+    `name` may carry settings, as in "fast:scale=20". Raises ConfigError for a learned preset, with the command that trains it,
+    and for a name that is neither preset nor folder.
     """
     if Path(name).is_dir() or "/" in name:
         return load(name)
     preset, settings = split_settings(name)
+    if preset not in tokenizer_presets():
+        raise ConfigError(
+            f"{name!r} is neither a folder here nor a tokenizer of `actok list`; {suggest(preset, list(tokenizer_presets()))}"
+        )
     if load_target(find_preset(preset).target).learned:
         told = str(data[0] if isinstance(data, (list, tuple)) and data else data)
         raise ConfigError(
             f"{preset} is a learned tokenizer and is trained first: actok fit {preset} --data {told} --out TOKENIZER, then"
             " --tokenizer TOKENIZER"
         )
-    return fit(preset, data, horizon=horizon, space=space, seed=seed, **settings)
+    return fit(preset, data, horizon=horizon, space=space, rate_hz=rate_hz, seed=seed, **settings)
+
+
+# -- going on with one ------------------------------------------------------------------------------------------------
+
+
+def _check_alone(**given: Any) -> None:
+    """Raise ConfigError for what a policy to start from has already."""
+    if twice := [name for name, value in given.items() if value is not None and value not in ((), {})]:
+        raise ConfigError(
+            f"{', '.join(twice)} cannot be given beside a policy to start from, which has its own; leave it out, or train"
+            " another policy"
+        )
+
+
+def _going_on(policy: VLA, samples: PolicyData, preset: str, origin: Mapping[str, str]) -> VLA:
+    """The saved policy before its first step on these data. Raises where they are not what it reads and does."""
+    policy.check(samples.space, rate_hz=samples.space.rate_hz)
+    if samples.embodiment != policy.embodiment:
+        raise SpaceMismatchError(
+            f"the policy acts as {policy.embodiment!r}, the data are of {samples.embodiment!r}; give data of its robot"
+        )
+    if policy.state is not None and samples.proprio != policy.proprio:
+        raise DataError(
+            f"the policy reads a state of {policy.proprio} numbers, the data have {samples.proprio or 'none'}; give data with"
+            " the state that it was trained on, or train a policy on these"
+        )
+    if samples.views != policy.views:
+        raise DataError(
+            f"the policy looks through {', '.join(policy.views)}, which these data call {', '.join(samples.views)}; rename"
+            " the views of the data"
+        )
+    lengths = samples.train.token_lengths
+    passes = _passes(policy, lengths)
+    return policy.with_meta(
+        {
+            "preset": preset,
+            "data": list(samples.origin),
+            "task_steps": {**policy.meta.get("task_steps", {}), **samples.task_steps},
+            "tokens": {"mean": float(lengths.mean()), "most": int(lengths.max())},
+            **({} if passes is None else {"passes": passes}),
+            "started_from": origin,
+        }
+    )
 
 
 # -- making one -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from actok.core import ActionSpace, ActionTokenizer, ChunkContext, ConfigError, 
 from actok.data import Chunks, FrameCache, open_dataset, split_dataset
 from actok.data.episodes import EpisodeDataset
 from actok.data.instructions import chunk_labels
+from actok.data.resample import states_at
 from actok.policies.base import PolicyBatch, PolicyObservation
 from actok.signal.sketch import StatisticsAccumulator
 from actok.signal.statistics import Statistics
@@ -36,6 +37,7 @@ class _Part:
 
     Attributes:
         chunks: cut on demand.
+        sources: int64 [F], the dataset's frame that each frame of the chunks' cache shows (resampled data: at or before it).
         codes: int32, of all chunks one after the other.
         offsets: int64 [M + 1] of the chunks in `codes`.
         instructions: int32 [M] index into `names`.
@@ -46,6 +48,7 @@ class _Part:
     """
 
     chunks: Chunks
+    sources: np.ndarray
     codes: np.ndarray
     offsets: np.ndarray
     instructions: np.ndarray
@@ -135,7 +138,7 @@ class PolicySamples:
         columns = part.offsets[rows][:, None] + np.arange(length)
         inside = columns < part.offsets[rows + 1][:, None]
         codes = np.where(inside, part.codes[np.where(inside, columns, 0)], -1).astype(np.int64)
-        frames = part.chunks.cache.offsets[batch.episode] + batch.start
+        frames = part.sources[part.chunks.cache.offsets[batch.episode] + batch.start]
 
         def said(ids: np.ndarray | None) -> list[str] | None:
             return None if ids is None else ["" if i < 0 else part.said[i] for i in ids[rows]]
@@ -158,6 +161,7 @@ class PolicyData:
 
     Attributes:
         tokenizer: frozen.
+        space: action space of the data, at the rate that they are read at.
         embodiment: of the tokenizer, that the data are of.
         horizon: T of the chunks.
         views: names of the cameras, in order.
@@ -171,6 +175,7 @@ class PolicyData:
     """
 
     tokenizer: ActionTokenizer
+    space: ActionSpace
     embodiment: str
     horizon: int
     views: tuple[str, ...]
@@ -210,6 +215,7 @@ class PolicyData:
         views: Sequence[str] = (),
         seed: int = 0,
         space: str | Path | ActionSpace | None = None,
+        rate_hz: float | None = None,
         text: Literal["none", "subtask"] = "none",
         after: Literal["none", "subtask"] = "none",
         anchored: bool = True,
@@ -228,6 +234,8 @@ class PolicyData:
                 "observation.images.corner2"); (): none, and no image is read.
             seed: of the split.
             space: action space, where the data do not tell.
+            rate_hz: resample every dataset to this rate first; states, images and texts are then the last ones at or
+                before each new step. None: each at its own.
             text: "subtask": samples carry the sub-task in force, for a policy that says it before it acts.
             after: "subtask": and that in force when the chunk is over, for one that says it behind the codes.
             anchored: the tokenizer is given the state at each chunk's start; False: it is not, for a policy that reads
@@ -243,11 +251,11 @@ class PolicyData:
             if value not in TEXTS:
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(TEXTS)}")
         datasets = open_sources(data, space)
-        caches = [FrameCache.build(dataset) for dataset in datasets]
+        caches = [FrameCache.build(dataset, rate_hz=rate_hz) for dataset in datasets]
         splits = [split_dataset(dataset, fractions=FRACTIONS, seed=seed) for dataset in datasets]
         if not tokenizer.spaces:
             tokenizer = tokenizer.adapt(caches[0].space, caches[0].statistics(splits[0].train))
-        embodiment = _embodiment(tokenizer, datasets)
+        embodiment = _embodiment(tokenizer, caches)
         steps = tokenizer.horizon if horizon is None else horizon
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(f"horizon is {steps!r}; give a whole number of steps, at least 1")
@@ -265,7 +273,8 @@ class PolicyData:
         origin = []
         encoder = _Encoder(tokenizer, embodiment, anchored, progress)
         for dataset, cache, split, pictures in zip(datasets, caches, splits, images, strict=True):
-            labels = chunk_labels(dataset)
+            labels = chunk_labels(dataset, rate_hz)
+            sources = _sources(dataset, rate_hz)
             if (mute := np.flatnonzero(labels.instruction.ids < 0)).size:
                 episode = int(np.searchsorted(labels.offsets, mute[0], side="right")) - 1
                 raise DataError(
@@ -287,6 +296,7 @@ class PolicyData:
                 parts[which].append(
                     _Part(
                         chunks=chunks,
+                        sources=sources,
                         codes=codes,
                         offsets=offsets,
                         instructions=labels.instruction.ids[starts],
@@ -312,6 +322,7 @@ class PolicyData:
                     "train_episodes": len(split.train),
                     "frames": int(cache.lengths[split.train].sum()),
                     "space_origin": dataset.space_origin,
+                    **({} if rate_hz is None else {"resampled": {"from_hz": dataset.space.rate_hz, "to_hz": rate_hz}}),
                     "split": {"seed": seed, "fractions": list(FRACTIONS)},
                     "encoded": counts,
                 }
@@ -319,6 +330,7 @@ class PolicyData:
         held_out = parts["validation"]
         return cls(
             tokenizer=tokenizer,
+            space=caches[0].space,
             embodiment=embodiment,
             horizon=steps,
             views=views,
@@ -368,22 +380,33 @@ class _Encoder:
         return np.concatenate(flat), offsets, counts
 
 
-def _embodiment(tokenizer: ActionTokenizer, datasets: Sequence[EpisodeDataset]) -> str:
+def _sources(dataset: EpisodeDataset, rate_hz: float | None) -> np.ndarray:
+    """The dataset's frame that each frame of its cache at that rate shows."""
+    lengths = [int(n) for n in dataset.lengths]
+    if rate_hz is None:
+        return np.arange(sum(lengths))
+    offsets = np.cumsum([0, *lengths])
+    return np.concatenate(
+        [start + states_at(n, dataset.space.rate_hz, rate_hz) for start, n in zip(offsets, lengths, strict=False)]
+    )
+
+
+def _embodiment(tokenizer: ActionTokenizer, caches: Sequence[FrameCache]) -> str:
     """The tokenizer's embodiment that all datasets are of, at its rate."""
-    found = [tokenizer.embodiment_for(dataset.space) for dataset in datasets]
+    found = [tokenizer.embodiment_for(cache.space) for cache in caches]
     if len(set(found)) > 1:
-        told = ", ".join(f"{robot} ({dataset.name})" for robot, dataset in zip(found, datasets, strict=True))
+        told = ", ".join(f"{robot} ({cache.name})" for robot, cache in zip(found, caches, strict=True))
         raise SpaceMismatchError(
             f"the datasets are of several robots: {told}; a policy drives one, so train one for each"
         )
     embodiment = found[0]
     rate = tokenizer.spaces[embodiment].rate_hz
-    for dataset in datasets:
-        other = dataset.space.rate_hz
+    for cache in caches:
+        other = cache.space.rate_hz
         if rate is not None and other is not None and other != rate:
             raise SpaceMismatchError(
-                f"dataset {dataset.name!r} has {other:g} actions a second, the tokenizer was fitted at {rate:g}; fit it on"
-                " these data at their own rate"
+                f"dataset {cache.name!r} has {other:g} actions a second, the tokenizer was fitted at {rate:g}; resample the"
+                f" data (--rate {rate:g}), or fit the tokenizer on them at their own rate"
             )
     return embodiment
 

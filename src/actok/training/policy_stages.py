@@ -15,13 +15,14 @@ from actok.training.config import TrainConfig
 
 # What networks call their vision tower, and what leads from it into the decoder.
 _VISION = r".*(?<![a-z])(stem|vision|visual|connector|multi_modal_projector)"
-# Names of groups, and the parameters they stand for: "language" is the backbone without "vision".
+# Names of groups, and the parameters they stand for: "language" is the backbone without "vision", "expert" everything that is
+# not the backbone's.
 GROUPS = {
     "backbone": r"backbone\.",
     "language": rf"backbone\.(?!{_VISION})",
     "vision": rf"backbone\.{_VISION}",
     "embeddings": r"backbone\.(.*\.)?(table$|embed_tokens\.|lm_head\.)",
-    "expert": r"parts\.",
+    "expert": r"(?!backbone\.)",
     "tokens": r"parts\.tokens\.",
     "flow": r"parts\.flow\.",
     "state": r"state_in\.",
@@ -33,7 +34,14 @@ FOREIGN = {
     "compile": "every step reads prompts as text, which torch.compile cannot follow",
 }
 
-__all__ = ["GROUPS", "PolicyTrainConfig", "Stage", "policy_train_config", "trained_names"]
+__all__ = [
+    "GROUPS",
+    "PolicyTrainConfig",
+    "Stage",
+    "check_nothing_stays_random",
+    "policy_train_config",
+    "trained_names",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +148,23 @@ def trained_names(policy: nn.Module, stages: Sequence[Stage]) -> list[frozenset[
     if not stages:
         return [frozenset(names)]
     return [frozenset(n for pattern in stage.train for n in _matching(names, pattern)) for stage in stages]
+
+
+def check_nothing_stays_random(policy: nn.Module, heads: Sequence[str], stages: Sequence[Stage]) -> None:
+    """Raise ConfigError where the stages leave out what has only its first random weights: everything that is not the
+    backbone's, and the rows of codes in the backbone's table where it emits them itself.
+    """
+    ever = frozenset().union(*trained_names(policy, stages))
+    able = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    new = [n for n in able if re.match(GROUPS["expert"], n)]
+    if "tokens" in heads and not any(re.match(GROUPS["tokens"], n) for n in able):
+        new += [n for n in able if re.match(GROUPS["embeddings"], n)]
+    if left := [n for n in new if n not in ever]:
+        there = [group for group in ("tokens", "flow", "state", "embeddings") if re.match(GROUPS[group], left[0])]
+        raise ConfigError(
+            f"no stage trains {left[0]}, which would keep its first random weights; add {(there or ['expert'])[0]!r} to the"
+            " train of a stage"
+        )
 
 
 def _matching(names: Sequence[str], pattern: str) -> list[str]:
