@@ -198,7 +198,7 @@ def test_a_rollout_says_what_the_simulator_was_made_with(named, tmp_path, monkey
 
     policy = Looking(views=("observation.images.image", "wrist_image"))
     policy.meta = {"image_sizes": {"observation.images.image": [19, 19]}, "task_steps": {"near": 11.0}}
-    monkeypatch.setattr("actok.policies.load.load_policy", lambda source, device: policy)
+    monkeypatch.setattr("actok.policies.load.load_policy", lambda source: policy)
     arguments = ["rollout", "--policy", "p", "--env", "geared", "--workers", "1", "--episodes", "2", "--record", "0"]
     cameras = ["--cameras", "image=top", "wrist_image=top"]
     assert main([*arguments, "--out", str(tmp_path), "--env-set", "gear=2.5", *cameras]) == 0
@@ -219,7 +219,7 @@ def test_a_rollout_says_what_the_simulator_was_made_with(named, tmp_path, monkey
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
 def test_options_that_have_a_way_of_their_own_are_refused(named, verb, words, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("actok.policies.load.load_policy", lambda source, device: Scripted())
+    monkeypatch.setattr("actok.policies.load.load_policy", lambda source: Scripted())
     line = [*verb, "--env", "geared", "--out", str(tmp_path / "out"), "--env-set"]
     for option in ("views=top", "image_size=9"):
         assert main([*line, option]) == 1
@@ -253,7 +253,7 @@ def test_cameras_that_do_not_fit_are_named_with_those_that_there_are(tmp_path, m
         environment_for(policy, "metaworld", cameras={"left": "topview"})
     with pytest.raises(ConfigError, match="name the view 'image' twice"):
         environment_for(policy, "metaworld", cameras={"image": "topview", "observation.images.image": "corner"})
-    monkeypatch.setattr("actok.policies.load.load_policy", lambda source, device: policy)
+    monkeypatch.setattr("actok.policies.load.load_policy", lambda source: policy)
     line = ["rollout", "--policy", "p", "--env", "metaworld", "--out", str(tmp_path / "out"), "--cameras"]
     for pairs, words in ((["image"], "'image' is not VIEW=CAMERA"), (["image=corner", "image=topview"], "twice")):
         assert main([*line, *pairs]) == 1

@@ -587,6 +587,10 @@ def test_the_verb_writes_result_and_page_and_prints_the_table(saved: str, tmp_pa
         ("metaworld-state --set block=3", "block is not to be set when this policy acts, only temperature, top_k"),
         ("metaworld-state --set top_k=-1", "top_k is -1"),
         ("metaworld-state --episodes 0", "episodes is 0"),
+        ("metaworld-state --device gpu", "device 'gpu' cannot be used"),
+        ("metaworld-state --device meta", "device 'meta' cannot be used"),
+        ("metaworld-state --device cuda:99", "of those that this machine has, or leave it out"),
+        ("metaworld-state --limit 0", "limit is 0.0; give a factor above 0, or inf for the environment's own limit"),
     ],
 )
 def test_the_verb_names_what_does_not_fit(saved: str, env: str, words: str, tmp_path, capsys) -> None:
@@ -605,6 +609,70 @@ def test_an_out_that_cannot_be_written_to_is_refused_before_anything_runs(saved:
     for out in ("notes", "notes/deeper/rollout"):
         assert main(["rollout", "--policy", saved, "--env", "metaworld", "--out", str(tmp_path / out)]) == 1
         assert f"{tmp_path / 'notes'} is no folder that can be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "precision"),
+    [("no", [], "float32"), ("bf16", [], "float32"), ("no", ["--precision", "bf16"], "bf16"), (None, [], "float32")],
+)
+def test_where_and_how_exactly_a_policy_acts_is_told(
+    saved: str, trained, given, precision, tmp_path, monkeypatch, capsys
+) -> None:
+    from actok.cli import main
+    from actok.policies import load
+
+    meta = {} if trained is None else {"training": {"config": {"precision": trained}}}
+    found = load.load_policy(saved).with_meta(meta)
+    monkeypatch.setattr(load, "load_policy", lambda source: found)
+    line = [
+        "rollout",
+        "--policy",
+        saved,
+        "--env",
+        "metaworld-state",
+        "--episodes",
+        "1",
+        "--workers",
+        "1",
+        "--record",
+        "0",
+    ]
+    assert main([*line, *given, "--limit", "inf", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    assert f"the policy acts on {found.state_dict()['backbone.table'].device} in {precision}" in told
+    assert ("though it was trained in bf16" in told) == (trained == "bf16" and precision == "float32")
+    result = json.loads((tmp_path / "rollout.json").read_text())
+    assert (result["policy"]["device"], result["policy"]["precision"]) == ("cpu", precision)
+    assert result["invalid"] == 0
+    assert result["limit"] is None
+    assert result["per_task"]["reach-v3"]["limit"] == make_env("metaworld-state").max_steps
+    assert f"in {precision}" in (tmp_path / "rollout.html").read_text()
+
+
+def test_what_the_precision_is_where_none_is_named() -> None:
+    from actok.benchmark.rollouts import _set_up
+
+    policy = Scripted()
+    for trained, device, told in (
+        ("no", "cuda", "on cuda in float32"),
+        ("bf16", "cpu", "trained in bf16 (--precision bf16)"),
+    ):
+        policy.meta = {"training": {"config": {"precision": trained}}}
+        assert _set_up(policy, torch.device(device), None)[1].endswith(told)
+    with pytest.raises(ConfigError, match="acts in float32 only, not in bf16"):
+        _set_up(policy, torch.device("cuda"), None)
+
+
+def test_memory_that_is_too_small_is_said_with_what_helps(saved: str, tmp_path, monkeypatch, capsys) -> None:
+    from actok.cli import main
+
+    def full(*args, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("actok.evaluation.rollout.rollout", full)
+    assert main(["rollout", "--policy", saved, "--env", "metaworld-state", "--out", str(tmp_path / "r")]) == 1
+    said = capsys.readouterr().err
+    assert "Tried to allocate 2.00 GiB.); give precision bf16, a smaller batch, or device cpu" in said
 
 
 def test_views_have_the_size_of_the_training_images() -> None:

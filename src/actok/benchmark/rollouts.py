@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import sys
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -92,7 +93,8 @@ def roll_out(
     *,
     episodes: int = 10,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
+    precision: str | None = None,
     image_size: int | None = None,
     cameras: Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
@@ -108,7 +110,9 @@ def roll_out(
         out: folder; results of an earlier rollout there are replaced.
         episodes: of each task.
         seed: of start states and draws.
-        device: as torch names it.
+        device: as torch names it; None: CUDA where there is one, else the CPU.
+        precision: in which the policy computes, see `Policy.with_precision`; None: on the CPU float32, elsewhere that of its
+            training.
         image_size: of the policy's views, height and width in pixels; None: as in training.
         cameras, options: see `environment_for`.
         decoding: how the policy draws its actions, over what was saved; see `Policy.with_decoding`.
@@ -116,8 +120,11 @@ def roll_out(
         settings: see `actok.evaluation.rollout.rollout`.
 
     Nothing is written, and no folder made, before the episodes are over. Raises ConfigError as `environment_for` and
-    `rollout` do, and where `out` cannot be written to.
+    `rollout` do, for a device that is not there or has too little memory, and where `out` cannot be written to.
     """
+    from torch import OutOfMemoryError
+    from tqdm import tqdm
+
     from actok.evaluation.rollout import rollout
     from actok.policies.load import load_policy
 
@@ -126,21 +133,66 @@ def roll_out(
     place = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"out is {folder}, but {place} is no folder that can be written to; name another one")
+    where = _device(device)
     given = dict(decoding or {})
-    loaded = load_policy(policy, device=device).with_decoding(**given)
+    loaded = load_policy(policy).with_decoding(**given)
     simulator = environment_for(loaded, name, image_size, cameras=cameras, options=options)
     chosen = list(simulator.tasks) if tasks == ["all"] else tasks
     if record is None:
         record = 2 if simulator.default_views else 0
-    result = rollout(
-        simulator, loaded, chosen, episodes, cameras=cameras, seed=seed, record=record, out=folder, **settings
-    )
+    loaded, told = _set_up(loaded, where, precision)
+    if settings.get("progress", True):
+        tqdm.write(f"actok: {told}", sys.stderr)
+    try:
+        result = rollout(
+            simulator,
+            loaded.to(where),
+            chosen,
+            episodes,
+            cameras=cameras,
+            seed=seed,
+            record=record,
+            out=folder,
+            **settings,
+        )
+    except OutOfMemoryError as error:
+        raise ConfigError(
+            f"{where} has too little memory for this policy ({' '.join(str(error).split())[:120]}); give precision bf16, a"
+            " smaller batch, or device cpu"
+        ) from error
     result["policy"]["source"] = str(policy)
     result["set"] = given
     result["provenance"] = provenance(seed)
     write_results(result, folder / "rollout.json")
     write_bytes(folder / "rollout.html", render_rollout(plain(result), folder))
     return result, folder
+
+
+def _device(name: str | None) -> Any:
+    """The device of that name; CUDA where there is one, else the CPU, where none is named."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"device {name!r} cannot be used ({reason}); give cpu, cuda or cuda:1 of those that this machine has, or leave"
+            " it out"
+        ) from error
+    return device
+
+
+def _set_up(policy: Any, device: Any, precision: str | None) -> tuple[Any, str]:
+    """The policy in its precision, and a line on where and how it acts."""
+    trained = policy.meta.get("training", {}).get("config", {}).get("precision")
+    if precision is None:
+        precision = "bf16" if trained == "bf16" and device.type != "cpu" else "float32"
+    other = ", though it was trained in bf16 (--precision bf16)" if (trained, precision) == ("bf16", "float32") else ""
+    return policy.with_precision(precision), f"the policy acts on {device} in {precision}{other}"
 
 
 def rollout_columns(result: Mapping[str, Any]) -> list[Column]:
@@ -215,6 +267,7 @@ def render_rollout(result: Mapping[str, Any], folder: Path) -> str:
     facts = {
         "policy": f"{policy['kind']}, {policy['parameters']:,} parameters, chunks of {policy['horizon']} steps",
         "tokenizer": f"{policy['tokenizer']['kind']}, weights {policy['tokenizer']['weights'][:16]}",
+        "computes": f"on {policy['device']} in {policy['precision']}",
         "draws by": ", ".join(f"{key} {value}" for key, value in policy.get("decoding", {}).items()),
         "sees": ", ".join([*policy["views"], *([f"a state of {policy['proprio']}"] if policy["proprio"] else [])]),
         **made_under(result["provenance"]),

@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
         options=environment_options(args),
         batch=args.batch,
         device=args.device,
+        precision=args.precision,
         workers=args.workers,
         decoding=parse_assignments(args.set),
         record=args.record,

@@ -125,6 +125,8 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
         "views": list(policy.views),
         "proprio": policy.proprio,
         "heads": list(policy.heads),
+        "device": str(next((p.device for p in policy.parameters()), "cpu")),
+        "precision": policy.precision,
         "decoding": dict(policy.decoding),
         "meta": dict(policy.meta),
     }

@@ -60,13 +60,13 @@ class _Settings:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
         if self.ensemble is not None and not 0 <= self.ensemble < math.inf:
-            raise ConfigError(f"ensemble is {self.ensemble!r}; give a weight of at least 0 (ACT: 0.01), or none")
-        if self.deadline_ms is not None and not 0 < self.deadline_ms < math.inf:
-            raise ConfigError(f"deadline_ms is {self.deadline_ms!r}; give milliseconds above 0, or none")
-        if self.limit is not None and not 0 < self.limit < math.inf:
             raise ConfigError(
-                f"limit is {self.limit!r}; give a factor above 0, or None for the environment's own limit"
+                f"ensemble is {self.ensemble!r}; give a weight of at least 0 (ACT: 0.01), or leave it out"
             )
+        if self.deadline_ms is not None and not 0 < self.deadline_ms < math.inf:
+            raise ConfigError(f"deadline_ms is {self.deadline_ms!r}; give milliseconds above 0, or leave it out")
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise ConfigError(f"limit is {self.limit!r}; give a factor above 0, or inf for the environment's own limit")
 
 
 def rollout(
@@ -105,7 +105,7 @@ def rollout(
             predicted for this step the average with weights exp(-ensemble * i), i = 0 the oldest; None: off. Every
             number is averaged by itself, rotations too.
         limit: an episode ends after this many times the mean length of the task's training demonstrations
-            (policy.meta["task_steps"]), at most env.max_steps; env.max_steps where that is unknown or limit is None.
+            (policy.meta["task_steps"]), at most env.max_steps; env.max_steps where that is unknown or limit is None or inf.
         deadline_ms: of a call, which then emits codes until the first prefix that decodes after that time (tokenizers with
             prefixes, e.g. oat). What comes out depends on the machine and does not repeat.
         batch: live episodes, and so observations of a policy call.
@@ -117,6 +117,7 @@ def rollout(
     Raises SpaceMismatchError where action space, rate, proprioception or views are not the policy's, ConfigError for
     unknown tasks, heads and settings.
     """
+    limit = None if limit == math.inf else limit
     check_environment(policy, env)
     lengths = _lengths_here(env, policy)
     names = _tasks(env, policy, tasks, lengths)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from actok.core import ActionSpace, ActionTokenizer, ConfigError
+from actok.policies.precision import check_precision
 
 __all__ = ["Acted", "Policy", "PolicyBatch", "PolicyObservation"]
 
@@ -103,6 +104,7 @@ class Policy(nn.Module, ABC):
         views: names of the cameras it looks through, in order; () for none.
         proprio: P, or 0 where it does not read the state.
         meta: facts for a reader: data, split, training, demonstration length by task ("task_steps").
+        precision: in which it computes when it acts, of `actok.policies.precision.PRECISIONS`.
     """
 
     tokenizer: ActionTokenizer
@@ -111,6 +113,7 @@ class Policy(nn.Module, ABC):
     views: tuple[str, ...]
     proprio: int
     meta: Mapping[str, Any]
+    precision: str = "float32"
 
     @property
     def space(self) -> ActionSpace:
@@ -138,6 +141,15 @@ class Policy(nn.Module, ABC):
                 raise ConfigError(
                     f"{name} is not to be set when this policy acts, only {known}; train another one for it"
                 )
+        return self
+
+    def with_precision(self, precision: str) -> Self:
+        """The same policy, acting in this precision from now on: "float32" or, where it can, "bf16".
+
+        Raises ConfigError for one that there is not, or that this policy cannot act in; this default knows float32 alone.
+        """
+        if check_precision(precision) != self.precision:
+            raise ConfigError(f"this policy acts in {self.precision} only, not in {precision}; leave it out")
         return self
 
     @abstractmethod

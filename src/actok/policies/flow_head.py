@@ -73,7 +73,7 @@ class FlowHead(Head):
         count, steps = mixed.shape[:2]
         x = self.into(mixed)
         when = _sinusoids(moment, x.shape[-1]).to(x.dtype)[:, None].expand(-1, steps, -1)
-        x = self.mix(torch.cat([x, when], -1))
+        x = self.mix(torch.cat([x, when], -1)).to(mixed.dtype)  # under autocast too, the layers' sum is in float32
         places = seen.next_position[:, None] + torch.arange(steps, device=x.device)
         mask = F.pad(seen.real[:, None].expand(-1, steps, -1), (0, steps), value=True)
         assert mask.shape == (count, steps, seen.cache.length + steps)

@@ -33,6 +33,7 @@ from actok.policies.blocks import (
 )
 from actok.policies.expert import Expert
 from actok.policies.heads import Emitted, Head, Seen
+from actok.policies.precision import exactly
 from actok.policies.sampling import SamplingConfig, sample_block
 from actok.policies.vocab import VocabularyMap
 
@@ -158,7 +159,8 @@ class TokenHead(Head):
         emitted = time.perf_counter()
         found = codes.cpu().numpy()
         sequences: Any = found if (found >= 0).all() else [row[row >= 0] for row in found]
-        decoded = self.tokenizer.decode(sequences, context)
+        with exactly(seen.real.device):
+            decoded = self.tokenizer.decode(sequences, context)
         return Emitted(
             actions=np.asarray(decoded.actions, np.float32),
             valid=decoded.valid,
