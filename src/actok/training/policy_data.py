@@ -224,7 +224,7 @@ class PolicyData:
         """Open, split as `fit` does with the same seed, encode every chunk of training and validation episodes once.
 
         A tokenizer without any action space (published FAST files) is adapted to the data's, by the statistics of the
-        training episodes. Images are read once, at the size they have, and held in memory.
+        training episodes. Images are read once, at the size they have (`read_images`).
 
         Args:
             data: what `open_dataset` takes, or a list of such, all of one robot.
@@ -244,7 +244,7 @@ class PolicyData:
 
         Raises:
             SpaceMismatchError: the data's action space or rate is not the tokenizer's. DataError: neither state nor
-            views, a view that is not there, images larger than the memory for them, frames without any text.
+            views, a view that is not there, images larger than the room for them, frames without any text.
             ConfigError: the tokenizer has no layout at that horizon, or an option that does not exist.
         """
         for name, value in (("text", text), ("after", after)):
