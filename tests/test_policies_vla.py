@@ -699,11 +699,11 @@ def test_an_edited_description_is_refused_and_one_laid_out_anew_is_not(tmp_path)
     assert load_policy(folder).horizon == T
     body["horizon"] = T - 2
     (folder / "config.json").write_text(json.dumps(body))
-    with pytest.raises(ArtifactError, match="edited after saving .integrity hash differs"):
+    with pytest.raises(ArtifactError, match=r"edited after saving .integrity hash differs"):
         load_policy(folder)
     del body["integrity"]
     (folder / "config.json").write_text(json.dumps(body))
-    with pytest.raises(ArtifactError, match="edited after saving .integrity hash is gone"):
+    with pytest.raises(ArtifactError, match=r"edited after saving .integrity hash is gone"):
         load_policy(folder)
 
 

@@ -774,7 +774,7 @@ def test_a_tokenizer_by_name_is_fitted_on_the_same_episodes(bins, tmp_path):
     assert found.weights_hash == policy_tokenizer(str(tmp_path / "bins"), frames()).weights_hash == bins.weights_hash
     with pytest.raises(ConfigError, match="trained first: actok fit fastervq-tiny --data demos --out TOKENIZER"):
         policy_tokenizer("fastervq-tiny", ["demos"])
-    with pytest.raises(ConfigError, match="'bims' is neither a folder here nor a tokenizer .* did you mean 'bins'"):
+    with pytest.raises(ConfigError, match=r"'bims' is neither a folder here nor a tokenizer .* did you mean 'bins'"):
         policy_tokenizer("bims", frames())
 
 

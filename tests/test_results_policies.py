@@ -419,6 +419,9 @@ def test_pages_say_what_was_rolled_out(studio, monkeypatch):
     assert "0 of 1 difference" in page or "1 of 1 difference" in page
     assert "| bins | 67 | 33 | 67 |" in rows
     body = json.loads((studio.pages / "metaworld.json").read_text())
+    assert "Pairs of which one has a single seed" in page
+    assert body["filmed"] == {}
+    assert "Two episodes" not in page
     assert {(row["a"], row["b"]) for row in body["pairs"]} == {("bins", "fast")}
     assert ("fast", "dct") in {(row["a"], row["b"]) for row in body["pairs_of_one_seed"]}
     assert body["variants"]["fast"]["seeds"]["1"]["episodes"]["push-v3"] == "111"
@@ -434,6 +437,20 @@ def test_pages_say_what_was_rolled_out(studio, monkeypatch):
     assert str(studio.root) not in "".join(
         path.read_text() for path in studio.pages.glob("*.*s*") if path.suffix != ".png"
     )
+
+
+def test_of_many_differences_the_largest_are_named():
+    rows = [
+        {"a": f"a{i}", "b": "b", "difference": i / 100, "exceeds": i > 0, "ci95": [0.0, 0.1], "p_holm": 1.0}
+        for i in range(20)
+    ]
+    told = exceeding(rows)
+    assert told.startswith("19 of 20 differences")
+    assert "a19 over b by 19.0" in told
+    assert "a5 over b" in told
+    assert "a4 over b" not in told
+    assert "and 4 smaller ones" in told
+    assert "smaller ones" not in exceeding(rows[:10])
 
 
 def test_a_rollout_of_another_policy_is_not_shown(studio):
@@ -457,7 +474,8 @@ def test_from_demonstrations_to_pages_in_one_call_and_nothing_is_made_twice(tmp_
     import make_results
 
     studio = Studio(places=Places(work=tmp_path / "work", pages=tmp_path / "pages", scale=0.003))
-    monkeypatch.setattr(policies, "SUITES", {"metaworld": replace(METAWORLD, tasks=("drawer-close-v3",))})
+    suite = replace(METAWORLD, tasks=("drawer-close-v3",), filmed=("beast", 1))
+    monkeypatch.setattr(policies, "SUITES", {"metaworld": suite})
     chosen = {"metaworld-beast-0": POLICY_JOBS["metaworld-beast-0"]}
     steps = [step for step in make_results.STEPS if step not in ("bench", "latency")]
     assert make_results._policies(studio, steps, chosen, 1) == []
@@ -466,6 +484,9 @@ def test_from_demonstrations_to_pages_in_one_call_and_nothing_is_made_twice(tmp_
     assert (row["n"], row["invalid"], row["passes"]) == (1, 0, 1.0)
     assert row["seeds"]["0"]["training"]["steps"] == body["steps"] == studio.scaled(policies.POLICY_STEPS, 2)
     assert body["demonstrations"] == 10
+    (outcome,) = body["filmed"]["sheets"]
+    assert f"metaworld-{outcome}.png" in (studio.pages / "metaworld.md").read_text()
+    assert (studio.pages / f"metaworld-{outcome}.png").read_bytes().startswith(b"\x89PNG")
     assert "A trial at 0.003" in (studio.pages / "README.md").read_text()
     monkeypatch.setattr(policies_make, "run_tasks", lambda tasks, places, **_: [task.name for task in tasks])
     assert make_results._policies(studio, steps, chosen, 1) == []

@@ -16,7 +16,7 @@ Stages, in this order; `--only` chooses some:
                   semantic-train, semantic-bench, semantic-pages (results/xtokenizer.py); needs --teacher
     policies      docs/results/policies: demonstrations, tokenizers, policies, rollouts; in steps that can be chosen alone as
                   policies-data, policies-tokenizers, policies-bench, policies-train, policies-rollout,
-                  policies-latency, policies-pages (results/policies.py); without --teacher what is aligned is left out
+                  policies-film, policies-latency, policies-pages (results/policies.py); without --teacher what is aligned is left out
 
 Resumable: what an earlier run of the same code measured on the same data is reused, a trained tokenizer is kept while what
 was asked for is the same, and a stopped training goes on. Work files go to runs/results.
@@ -38,7 +38,7 @@ from results.measuring import measure_all
 from results.places import EPISODES, METAWORLD, SEED, Places
 from results.policies import POLICY_JOBS, PolicyJob
 from results.policies_asked import Studio
-from results.policies_make import bench, collect, fit_tokenizers, groups, latency, roll_out, train_policies
+from results.policies_make import bench, collect, film, fit_tokenizers, groups, latency, roll_out, train_policies
 from results.policies_pages import write_policy_pages
 from results.training import calibrate, train
 from results.xtokenizer import SEMANTIC_JOBS, SemanticJob, Workshop, extract_features, make_arms, train_semantic
@@ -51,7 +51,7 @@ from actok.core import ActokError
 
 STAGES = ("closed-form", "train", "bench", "pages", "semantic", "policies")
 SEMANTIC = ("semantic-features", "semantic-train", "semantic-bench", "semantic-pages")
-STEPS = ("data", "tokenizers", "bench", "train", "rollout", "latency", "pages")
+STEPS = ("data", "tokenizers", "bench", "train", "rollout", "film", "latency", "pages")
 POLICY_STAGES = tuple(f"policies-{step}" for step in STEPS)
 
 
@@ -137,6 +137,8 @@ def _policies(studio: Studio, steps: Sequence[str], chosen: Mapping[str, PolicyJ
             failed += roll_out(studio, part, jobs=jobs)
         if "pages" in steps:
             write_policy_pages(studio)
+    if "film" in steps:
+        failed += film(studio, chosen, jobs=jobs)
     if "latency" in steps:
         failed += latency(studio, chosen)
     if "pages" in steps:

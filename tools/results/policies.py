@@ -7,6 +7,7 @@ Steps of the stage, each resumable (work files in runs/results/policies); polici
     bench        their errors on held-out episodes, by `actok bench`
     train        one recipe for every policy, by `actok train-policy`
     rollout      closed loop in simulation, by `actok rollout`, the same start states for all policies of a seed
+    film         a success and a failure of one policy of each suite, the first episodes of a rollout again
     latency      benchmarks/policy_latency.py, alone on the machine
     pages        policies_pages.py: docs/results/policies
 """
@@ -70,6 +71,8 @@ class Suite:
         episodes: rolled out of each task and seed.
         share: of the tokenizers' training steps.
         others: seeds that are spent on tokenizers beside the main ones.
+        filmed: whose policy of the first seed is filmed, and episodes of each task among which a success and a failure are
+            looked for.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Suite:
     episodes: int
     share: float = 1.0
     others: tuple[int, ...] = ()
+    filmed: tuple[str, int] = ("fastervq-tiny", 20)
 
 
 MT10 = (
@@ -105,6 +109,7 @@ SUITES: Mapping[str, Suite] = {
             demonstrations=100,
             episodes=20,
             others=SEEDS,
+            filmed=("fastervq-tiny", 1),
         ),
         # A policy of its own for each task, as robosuite's benchmarks have it: one for both moves the hand too coarsely to
         # grasp. Of 100 demonstrations a policy learns the samples by heart.

@@ -200,6 +200,24 @@ class Studio:
             text += [f"--{name}", str(spec[name])]
         return [*text, "--workers", "1", "--record", "0", "--out", str(self.rolled(job, head))]
 
+    def filmed(self, suite: Suite) -> Path:
+        """Where the pictures of a suite's policy are."""
+        return self.root / "filmed" / suite.name
+
+    def film_specification(self, suite: Suite) -> dict[str, Any] | None:
+        """A rollout's, of few episodes, and whose; None where the policy is not trained."""
+        variant, episodes = suite.filmed
+        spec = self.rollout_specification(self._filmed_job(suite), "tokens")
+        return None if spec is None else {**spec, "variant": variant, "episodes": min(episodes, spec["episodes"])}
+
+    def _filmed_job(self, suite: Suite) -> PolicyJob:
+        return policies.POLICY_JOBS[f"{suite.name}-{suite.filmed[0]}-{policies.SEEDS[0]}"]
+
+    def film_command(self, suite: Suite, spec: Mapping[str, Any]) -> list[str]:
+        """The rollout again, of few episodes, two of which are filmed: a success and a failure where there are both."""
+        text = self.rollout_command(self._filmed_job(suite), spec["head"], spec)
+        return [*text[: text.index("--record")], "--record", "2", "--out", str(self.filmed(suite))]
+
 
 def tokenizer_identity(folder: Path) -> str | None:
     """Hash of a saved tokenizer, None where there is none."""

@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 SHORT = (0, 3)
 LATENCY = ROOT / "benchmarks" / "policy_latency.py"
 
-__all__ = ["bench", "collect", "fit_tokenizers", "groups", "latency", "roll_out", "train_policies"]
+__all__ = ["bench", "collect", "film", "fit_tokenizers", "groups", "latency", "roll_out", "train_policies"]
 
 
 def suites_of(chosen: Mapping[str, PolicyJob]) -> list[Suite]:
@@ -282,6 +282,31 @@ def roll_out(studio: Studio, chosen: Mapping[str, PolicyJob], *, jobs: int, say:
                         accepted=SHORT,
                     )
                 )
+    return run_tasks(tasks, studio.places, jobs=jobs, say=say)
+
+
+def film(studio: Studio, chosen: Mapping[str, PolicyJob], *, jobs: int, say: Say = print) -> list[str]:
+    """Contact sheets of a success and a failure of each suite; what failed is named."""
+    tasks = []
+    for suite in suites_of(chosen):
+        spec, folder = studio.film_specification(suite), studio.filmed(suite)
+        if spec is None:
+            say(f"pictures of {suite.name}: left out, the policy of {suite.filmed[0]} is not trained")
+            continue
+        if kept_specification(folder) == spec and (folder / "rollout.json").exists():
+            say(f"pictures of {suite.name}: kept")
+            continue
+        tasks.append(
+            Task(
+                name=f"pictures of {suite.name}",
+                folder=folder,
+                spec=spec,
+                files={},
+                command=studio.film_command(suite, spec),
+                said=f"two of {spec['episodes']} episodes of {len(spec['tasks'])} tasks",
+                accepted=SHORT,
+            )
+        )
     return run_tasks(tasks, studio.places, jobs=jobs, say=say)
 
 

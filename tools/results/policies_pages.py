@@ -13,7 +13,7 @@ from results.places import portable
 from results.policies import BLOCKS, BLOCKS_OF, HYBRID, POLICY_JOBS, TOKENIZERS, PolicyJob
 from results.policies_asked import Studio
 from results.policies_hybrid_pages import PUBLISHED_BLOCKS, PUBLISHED_HYBRID, blocks_page, hybrid_page, latency_page
-from results.policies_pictures import draw_success
+from results.policies_pictures import copy_sheet, draw_success
 from results.policies_success_pages import conditions, index_page, success_page
 from results.policies_tables import Rolls, pairs, rank_correlation, slim_rollout, summary
 from results.training import kept_specification
@@ -38,6 +38,8 @@ def write_policy_pages(studio: Studio, chosen: Mapping[str, PolicyJob] = POLICY_
         body = success_body(studio, suite, chosen)
         if body["variants"]:
             draw_success(body, studio.pages / f"{suite}.png")
+        for name, sheet in body["filmed"].get("sheets", {}).items():
+            copy_sheet(studio.filmed(policies.SUITES[suite]) / sheet["file"], studio.pages / f"{suite}-{name}.png")
         write(suite, success_page(suite, body, of_page(body, suite, "tokenizers")), body)
         bodies[suite] = body
     hybrid, blocks = hybrid_body(studio, chosen), blocks_body(studio, chosen)
@@ -105,7 +107,24 @@ def success_body(studio: Studio, suite: str, chosen: Mapping[str, PolicyJob]) ->
             "tokens": rank_correlation([tokens for tokens, _ in few], [rate for _, rate in few]),
         },
         "steps_per_tokenizer": {name: TOKENIZERS[name].steps for name in variants},
+        "filmed": filmed_body(studio, found),
     }
+
+
+def filmed_body(studio: Studio, suite: policies.Suite) -> dict[str, Any]:
+    """Of the filmed policy: which it is, and its sheets by outcome; empty where nothing is filmed as it is asked for."""
+    folder = studio.filmed(suite)
+    spec = studio.film_specification(suite)
+    if spec is None or kept_specification(folder) != spec or not (folder / "rollout.json").exists():
+        return {}
+    sheets = {}
+    for film in json.loads((folder / "rollout.json").read_bytes())["recordings"]:
+        outcome = "success" if film["success"] else "failure"
+        sheets[outcome] = {
+            "file": film["sheet"],
+            **{key: film[key] for key in ("task", "number", "steps", "reproduced")},
+        }
+    return {"variant": spec["variant"], "episodes": spec["episodes"], "seed": spec["seed"], "sheets": sheets}
 
 
 def _errors(studio: Studio, suite: str) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Success against tokens per chunk, drawn from the JSON beside it."""
+"""Success against tokens per chunk, drawn from the JSON beside it, and sheets of filmed episodes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from actok.benchmark.plots import COLOURS, MARKERS
 from actok.core.files import atomic_path
 
 DPI = 110
+PALETTE = 128  # colours of a sheet: a third of its size
 
-__all__ = ["draw_success"]
+__all__ = ["copy_sheet", "draw_success"]
 
 
 def draw_success(body: Mapping[str, Any], path: Path) -> Path | None:
@@ -41,4 +42,13 @@ def draw_success(body: Mapping[str, Any], path: Path) -> Path | None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png", metadata={"Software": None})
+    return path
+
+
+def copy_sheet(sheet: Path, path: Path) -> Path:
+    """A contact sheet with a palette instead of full colour."""
+    from PIL import Image
+
+    with Image.open(sheet) as picture, atomic_path(path) as temporary:
+        picture.convert("RGB").quantize(PALETTE).save(temporary, format="PNG", optimize=True)
     return path

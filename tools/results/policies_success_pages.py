@@ -207,13 +207,43 @@ def success_page(suite: str, body: Mapping[str, Any], jobs: Iterable[PolicyJob] 
         "",
         *_matrix(body["pairs"]),
         "",
+        *_of_one_seed(body["pairs_of_one_seed"]),
         *_tasks(rows, about["tasks"]),
         "",
         "## Does a lower error predict success?",
         "",
         *_ranks(body),
+        *_filmed(suite, body),
     ]
     return "\n".join(lines)
+
+
+def _of_one_seed(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those of tokenizers that do not have every seed, each pair over the seeds that both have."""
+    return [f"Pairs of which one has a single seed, over that: {exceeding(found)}", ""] if found else []
+
+
+def _filmed(suite: str, body: Mapping[str, Any]) -> list[str]:
+    """A success and a failure, and the command that films them."""
+    filmed = body["filmed"]
+    if not filmed:
+        return []
+    about = body["suite"]
+    lines = ["", "## Two episodes", ""]
+    for outcome, sheet in filmed["sheets"].items():
+        told = (
+            f"{outcome} at step {sheet['steps']}" if outcome == "success" else f"no success in {sheet['steps']} steps"
+        )
+        lines += [f"{filmed['variant']}, {sheet['task']}, episode {sheet['number']}: {told}.", ""]
+        lines += [f"![{sheet['task']}: {told}]({suite}-{outcome}.png)", ""]
+    return [
+        *lines,
+        "```",
+        f"actok rollout --policy POLICIES/{filmed['variant']} --env {about['env']}/{','.join(about['tasks'])} --episodes"
+        f" {filmed['episodes']} --seed {filmed['seed']} --head tokens --execute {EXECUTE} --limit {LIMIT:g} --batch {BATCH}"
+        " --record 2 --out ROLLOUT",
+        "```",
+    ]
 
 
 def _matrix(found: Sequence[Mapping[str, Any]]) -> list[str]:

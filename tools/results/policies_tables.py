@@ -11,6 +11,7 @@ from actok.evaluation.intervals import CONFIDENCE, compare_paired, success_rates
 
 # Pairings of the permutation test of a rank correlation.
 RESAMPLES = 9999
+TOLD = 15  # differences, by name
 LEAST_FOR_RANKS = 4
 
 __all__ = ["Rolls", "exceeding", "holm", "pairs", "rank_correlation", "slim_rollout", "summary"]
@@ -132,7 +133,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def exceeding(found: Sequence[Mapping[str, Any]]) -> str:
-    """Which differences exceed their interval, as a sentence or two."""
+    """Which differences exceed their interval, as a sentence or two; of many the largest are told."""
     if not found:
         return "There are not two to compare yet."
     rows = sorted((row for row in found if row["exceeds"]), key=lambda row: -abs(row["difference"]))
@@ -140,12 +141,13 @@ def exceeding(found: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"{count} exceed their 95 % interval (Newcombe, on the same start states)"]
     if rows:
         told = []
-        for row in rows:
+        for row in rows[:TOLD]:
             better, worse = (row["a"], row["b"]) if row["difference"] > 0 else (row["b"], row["a"])
             low, high = sorted(abs(value) for value in row["ci95"])
             told.append(
                 f"{better} over {worse} by {100 * abs(row['difference']):.1f} points ({100 * low:.1f} to {100 * high:.1f})"
             )
+        told += [f"and {len(rows) - TOLD} smaller ones"] if len(rows) > TOLD else []
         lines[0] += ": " + "; ".join(told)
     left = sum(row["p_holm"] < 1 - CONFIDENCE for row in found)
     lines.append(
