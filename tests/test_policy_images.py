@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import actok
 from actok.core import ActionGroup, ActionSpace, DataError
-from actok.data import Episode, EpisodeDataset
+from actok.data import Episode, EpisodeDataset, open_dataset, write_lerobot
 from actok.training import policy_images
 from actok.training.policy_data import PolicyData
 from actok.training.policy_images import read_images
@@ -225,6 +225,25 @@ def test_other_data_have_another_file(cache, films, tmp_path):
     assert changed() == 1
     assert changed(dataset=Films(tmp_path / "data", seed=9, sizes={"top": (2, 3)})) == 1
     assert changed(dataset=Films(tmp_path / "elsewhere", seed=8)) == 1
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_a_lerobot_dataset_is_read_anew_when_the_files_that_hold_its_images_change(cache, tmp_path, kind):
+    if kind == "video":
+        pytest.importorskip("av")
+    source = Films(None, sizes={"top": (16, 32)})
+    episodes = [source.episode(e, images=True) for e in range(len(source))]
+    folder = write_lerobot(episodes, tmp_path / "set", space=SPACE, rate_hz=10.0, subtask_layout=None, images=kind)
+    dataset = open_dataset(folder)
+    (view,) = dataset.view_sizes()
+    (mapped,) = read_images([dataset], [EPISODES], ["top"], progress=False)
+    for e in EPISODES:
+        frames = frames_of(source, [e])
+        assert np.array_equal(mapped.at(frames)[view], dataset.episode(int(e), images=True).images[view])
+    (holding,) = {*folder.rglob("*.mp4")} if kind == "video" else {*(folder / "data").rglob("*.parquet")}
+    os.utime(holding, ns=(1, 1))
+    read_images([open_dataset(folder)], [EPISODES], ["top"], progress=False)
+    assert len(list(cache.glob("*.safetensors"))) == 2
 
 
 # -- memory and disk --------------------------------------------------------------------------------------------------

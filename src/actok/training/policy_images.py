@@ -279,11 +279,9 @@ def _require_space(part: _Part, files: Mapping[str, _File], folder: Path) -> Non
 def _write(part: _Part, files: Mapping[str, _File], progress: bool) -> None:
     """Write the files of these views, each appearing whole under its name; the caller is the only one to write them."""
     if progress:
-        size = sum(part.size(view) for view in files)
-        tqdm.write(
-            f"{part.dataset.name}: {size / 1e9:.1f} GB of images are written once to {next(iter(files.values())).path.parent}",
-            sys.stderr,
-        )
+        size = sum(part.size(view) for view in files) / 1e6
+        folder = next(iter(files.values())).path.parent
+        tqdm.write(f"{part.dataset.name}: {size:,.0f} MB of images are written once to {folder}", sys.stderr)
     for file in files.values():
         for left in file.path.parent.glob(f".{file.path.name}-*"):  # by a process that was killed
             left.unlink()
