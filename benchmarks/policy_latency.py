@@ -16,8 +16,8 @@ A policy's weights change no speed but where sequences end by themselves: there 
 put together from its stages with as many passes as the trained policy makes.
 
 `--paligemma`: PaliGemma's size (3 B parameters) with random weights, at the paper's setting of one arm: 7 dimensions, chunks
-of 20 steps, two views, 21 codes of FASTerVQ; token-wise and in blocks of 7, with and without an action expert. On a GPU;
-a CPU takes minutes and 12 GB, and is refused without --force.
+of 20 steps, two views, 21 codes of FASTerVQ; token-wise and in blocks of 7, with and without an action expert. In bf16, as a
+rollout on a GPU acts with it (`Policy.with_precision`). On a GPU; a CPU takes minutes and 12 GB, and is refused without --force.
 
 Prints JSON, or writes it to --out.
 """
@@ -194,7 +194,7 @@ def small(named: Sequence[str], data: str, *, views: int, pixels: int, calls: in
 
 
 def paligemma(device: str, sizes: Mapping[str, Any] | None = None) -> Any:
-    """PaliGemma-3B at 224 pixels with random weights and a text tokenizer of words and digits, in bfloat16.
+    """PaliGemma-3B at 224 pixels with random weights and a text tokenizer of words and digits.
 
     `sizes`: other fields of its config, for a trial.
     """
@@ -265,7 +265,7 @@ def paligemma(device: str, sizes: Mapping[str, Any] | None = None) -> Any:
         "tokenizer.json": json.loads(text.backend_tokenizer.to_str()),
         "tokenizer_config.json": settings,
     }
-    spec = {"kind": "transformers", "model_type": "paligemma", "name": "PaliGemma, random", "dtype": "bfloat16"}
+    spec = {"kind": "transformers", "model_type": "paligemma", "name": "PaliGemma, random", "dtype": "float32"}
     with torch.device(device):
         return backbone_from_spec(spec, {name: json.dumps(content).encode() for name, content in files.items()})
 
@@ -291,13 +291,14 @@ def large(device: str, calls: int, sizes: Mapping[str, Any] | None = None) -> li
         policy = VLA.create(
             paligemma(device, sizes), tokenizer, VLAConfig(**settings), horizon=HORIZON, views=views, state=state
         )
-        policy = policy.to(device, torch.bfloat16).eval()
+        policy = policy.with_precision("bf16").to(device).eval()
         row = {
             "policy": name,
             "head": "tokens",
             "block": policy.config.block,
             "expert": policy.config.token_expert,
             "parameters": sum(p.numel() for p in policy.parameters()),
+            "precision": policy.precision,
             "views": VIEWS,
         }
         found.append({**row, **timed(policy, observations, "tokens", calls), "composed": False})

@@ -385,11 +385,13 @@ def test_tasks_that_the_data_call_by_their_words_are_found_by_instruction() -> N
         ({"batch": 0}, "batch is 0"),
         ({"workers": 0}, "workers is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"record": 1}, "record needs out"),
+        ({"record": 1}, "no folder for the pictures; give out"),
         ({"record": 1, "out": "x"}, "'pointmass' names no default_views"),
         ({"tasks": ("nearr",)}, "did you mean 'near'"),
         ({"tasks": ("near", "near")}, "each once"),
         ({"episodes": 0}, "episodes is 0"),
+        ({"episodes": 10**26}, "give at most 1000000 of each task"),
+        ({"limit": float("nan")}, "limit is nan"),
     ],
     ids=str,
 )
@@ -408,7 +410,7 @@ def test_a_policy_of_another_robot_is_refused() -> None:
         tried(stranger, None)
     with pytest.raises(SpaceMismatchError, match="gives 9 actions a second, environment 'pointmass' takes 7"):
         tried(Scripted(replace(SPACE, rate_hz=9.0)))
-    with pytest.raises(SpaceMismatchError, match="a state of 4 numbers, the environment gives 5"):
+    with pytest.raises(SpaceMismatchError, match="a state of 4 numbers, environment 'pointmass' gives 5"):
         tried(Scripted(proprio=4))
     with pytest.raises(SpaceMismatchError, match=r"looks through top, left.*shows no images.*missing: top, left"):
         tried(Scripted(views=("top", "left")))
@@ -589,7 +591,10 @@ def test_the_verb_writes_result_and_page_and_prints_the_table(saved: str, tmp_pa
         ("metaworld-state --episodes 0", "episodes is 0"),
         ("metaworld-state --device gpu", "device 'gpu' cannot be used"),
         ("metaworld-state --device meta", "device 'meta' cannot be used"),
-        ("metaworld-state --device cuda:99", "of those that this machine has, or leave it out"),
+        (
+            "metaworld-state --device cuda:99",
+            "name one that this machine has, such as cpu, cuda or cuda:1, or leave it out",
+        ),
         ("metaworld-state --limit 0", "limit is 0.0; give a factor above 0, or inf for the environment's own limit"),
     ],
 )
@@ -609,6 +614,36 @@ def test_an_out_that_cannot_be_written_to_is_refused_before_anything_runs(saved:
     for out in ("notes", "notes/deeper/rollout"):
         assert main(["rollout", "--policy", saved, "--env", "metaworld", "--out", str(tmp_path / out)]) == 1
         assert f"{tmp_path / 'notes'} is no folder that can be written to" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_whole_policy_is_named_with_what_it_is(saved: str, tmp_path, capsys) -> None:
+    import shutil
+
+    from actok.cli import main
+
+    shutil.copytree(saved, tmp_path / "p")
+    config = tmp_path / "p" / "config.json"
+    text = config.read_text()
+    told = {}
+    for case, damage in {
+        "cut": lambda: config.write_text(text[:99]),
+        "other": lambda: config.write_text("{}"),
+        "gone": config.unlink,
+    }.items():
+        damage()
+        assert (
+            main(["rollout", "--policy", str(tmp_path / "p"), "--env", "metaworld-state", "--out", str(tmp_path)]) == 1
+        )
+        told[case] = capsys.readouterr().err
+    assert "config.json is truncated or edited, no longer JSON" in told["cut"]
+    assert "holds no policy; name a folder" in told["other"]
+    assert "holds no policy, for want of a config.json" in told["gone"]
+    tokenizer = f"{saved}/tokenizer"
+    assert main(["rollout", "--policy", tokenizer, "--env", "metaworld-state", "--out", str(tmp_path)]) == 1
+    assert (
+        f"holds a tokenizer, no policy; train one that acts through it (actok train-policy --tokenizer {tokenizer}"
+        in (capsys.readouterr().err)
+    )
 
 
 @pytest.mark.parametrize(

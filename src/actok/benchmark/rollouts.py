@@ -180,8 +180,8 @@ def _device(name: str | None) -> Any:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(
-            f"device {name!r} cannot be used ({reason}); give cpu, cuda or cuda:1 of those that this machine has, or leave"
-            " it out"
+            f"device {name!r} cannot be used ({reason}); name one that this machine has, such as cpu, cuda or cuda:1, or"
+            " leave it out"
         ) from error
     return device
 

@@ -207,6 +207,7 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtifactError(
             f"{name} is neither a local folder nor reachable on the Hub ({type(error).__name__}); check the name"
+            " and the connection"
         ) from error
 
 

@@ -33,9 +33,11 @@ __all__ = ["check_filming", "contact_sheet", "film", "film_some", "write_video"]
 def check_filming(env: Env, out: str | Path | None) -> None:
     """Raise ConfigError where there is no folder for pictures, or the environment has no camera."""
     if out is None:
-        raise ConfigError("record needs out, a folder for the pictures; name one, or give record=0")
+        raise ConfigError(
+            "episodes are to be filmed, but there is no folder for the pictures; give out, or 0 for record"
+        )
     if not env.default_views:
-        raise ConfigError(f"environment {env.name!r} names no default_views to film with; give record=0")
+        raise ConfigError(f"environment {env.name!r} names no default_views to film with; give 0 for record")
 
 
 def film_some(
@@ -54,7 +56,7 @@ def film_some(
     chosen = _choose(trials, count)
     found = []
     # Never in this process: MuJoCo decides when it is first imported whether it can render, and it may be here already.
-    with Workers(camera, max(2, workers)) as pool:
+    with Workers(camera, max(2, min(workers, len(chosen)))) as pool:
         jobs = [_Job(trial=trial, view=view, every=stride) for trial in chosen]
         for trial, (frames, steps, solved) in zip(chosen, pool.map(_film, jobs), strict=True):
             reproduced = solved == trial.success

@@ -36,6 +36,8 @@ from actok.policies.base import Policy, PolicyObservation
 
 # Keeps the start states of rollouts apart from those of demonstrations of the same seed.
 DOMAIN = int.from_bytes(b"roll", "big")
+# Of a task; all are kept in memory to the end.
+MOST_EPISODES = 1_000_000
 
 __all__ = ["rollout", "start_seed", "training_tasks"]
 
@@ -59,6 +61,8 @@ class _Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
+        if self.episodes > MOST_EPISODES:
+            raise ConfigError(f"episodes are {self.episodes}; give at most {MOST_EPISODES} of each task")
         if self.ensemble is not None and not 0 <= self.ensemble < math.inf:
             raise ConfigError(
                 f"ensemble is {self.ensemble!r}; give a weight of at least 0 (ACT: 0.01), or leave it out"

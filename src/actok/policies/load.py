@@ -35,7 +35,7 @@ def policy_integrity(folder_or_hub_id: str | Path, *, revision: str | None = Non
 def _checked_body(folder_or_hub_id: str | Path, folder: Path) -> tuple[str, dict[str, Any]]:
     """Its hash, and what config.json says."""
     if not is_policy(folder):
-        raise ArtifactError(f"{folder_or_hub_id} holds no policy; name a folder that `actok train-policy` wrote")
+        raise ArtifactError(_no_policy(folder_or_hub_id, folder))
     body = json.loads((folder / CONFIG_FILE).read_bytes())
     version = body.get("schema_version")
     if body["policy"] != KIND or version != VERSION:
@@ -50,6 +50,23 @@ def _checked_body(folder_or_hub_id: str | Path, folder: Path) -> tuple[str, dict
             " copy it again, or change settings in training"
         )
     return claimed, body
+
+
+def _no_policy(named: str | Path, folder: Path) -> str:
+    """What is there instead of a policy, and what to do."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return f"{named} holds no policy, for want of a {CONFIG_FILE}; name a folder that `actok train-policy` wrote, whole"
+    try:
+        body = json.loads(path.read_bytes())
+    except ValueError as error:
+        return f"{path} is truncated or edited, no longer JSON ({error}); copy it again"
+    if isinstance(body, dict) and "tokenizer" in body:
+        return (
+            f"{named} holds a tokenizer, no policy; train one that acts through it (actok train-policy --tokenizer"
+            f" {named} ...) and name its folder"
+        )
+    return f"{named} holds no policy; name a folder that `actok train-policy` wrote"
 
 
 def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: str | None = None) -> VLA:
