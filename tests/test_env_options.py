@@ -319,6 +319,14 @@ def test_pictures_that_are_not_those_of_the_training_are_refused(
     assert not (tmp_path / "r").exists()
 
 
+def test_an_environment_that_always_shows_its_pictures_is_recorded_without_asking_for_them(
+    named, tmp_path, capsys
+) -> None:
+    line = ["collect", "--env", "always-on", "--tasks", "slide", "--out", str(tmp_path / "demos"), "--images", "32"]
+    assert main(line) == 1
+    assert "its pictures are recorded as they are; collect without --images" in capsys.readouterr().err
+
+
 # -- what they cost ---------------------------------------------------------------------------------------------------
 
 

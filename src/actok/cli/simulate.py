@@ -59,14 +59,20 @@ def collect_into(
 ) -> Any:
     """Record into a LeRobot folder and say what was kept and what failed."""
     from actok.core import ConfigError
-    from actok.envs import env_class, make_env
+    from actok.envs import env_class, make_env, option_names
     from actok.evaluation.record import collect, record_lerobot
 
     shown: dict[str, Any] = {}
     if images:
-        shown = {"views": env_class(env_name).default_views, "image_size": images}
-        if not shown["views"]:
+        found = env_class(env_name)
+        if not found.default_views:
             raise ConfigError(f"environment {env_name!r} has no cameras; collect without --images")
+        if not {"views", "image_size"} <= set(option_names(found)):
+            raise ConfigError(
+                f"environment {env_name!r} takes no views and image_size: its pictures are recorded as they are; collect"
+                " without --images"
+            )
+        shown = {"views": found.default_views, "image_size": images}
     env = make_env(env_name, **(options or {}), **shown)
     wanted = None if tasks == "all" else [task.strip() for task in tasks.split(",") if task.strip()]
     report = record_lerobot(collect(env, wanted, episodes, seed=seed, workers=workers), env, out)
