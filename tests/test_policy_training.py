@@ -824,6 +824,7 @@ def test_the_command_line_resamples_and_goes_on_from_a_saved_policy(tmp_path, ca
     assert "resample the data (--rate 8)" in capsys.readouterr().err
     assert main([*common, "--init", first, "--rate", "8", "--out", then]) == 0
     assert load_policy(then).meta["started_from"]["name"] == "first"
+    assert f"began with the weights of first (integrity {policy_integrity(first)[:16]})" in capsys.readouterr().out
     for given, message in (
         (["--init", first, *tokenizer], "tokenizer, horizon cannot be given"),
         (["--init", first, "--backbone", "some/model"], "settings cannot be given"),

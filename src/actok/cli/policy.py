@@ -73,6 +73,8 @@ def training_text(policy: Any) -> str:
         f" {facts['space_origin']}"
         for facts in meta.get("data", [])
     ]
+    if (origin := meta.get("started_from")) is not None:
+        lines.append(f"began with the weights of {origin['name']} (integrity {origin['integrity'][:16]})")
     if (tokens := meta.get("tokens")) is not None:
         passes = meta.get("passes")
         told = "" if passes is None else f", emitted in {passes:.4g} passes"
