@@ -10,7 +10,7 @@ from actok.core import ActionSpace, ConfigError, Constraint, FitPart, TokenError
 from actok.core.config import build_config
 from actok.core.registry import load_target
 from actok.policies.blocks import plan
-from actok.policies.sampling import SamplingConfig, sample_block
+from actok.policies.sampling import SamplingConfig, rows_of_places, sample_block
 from actok.policies.vocab import VocabularyMap
 
 torch.set_num_threads(1)
@@ -29,6 +29,33 @@ def fitted(name: str):
     few = {"vocab": 211, "scale": 4.0} if name == "fast" else {}
     config = build_config(cls.config_class, {**preset.settings, **few}, name)
     return cls.fit([FitPart(actions=chunks(200), space=ActionSpace.raw(D))], config)
+
+
+@pytest.mark.parametrize("kind", ["added", "tail"])
+@pytest.mark.parametrize("name", ["fast", "beast", "bins", None])
+def test_logits_of_a_blocks_own_codes_are_enough(name, kind):
+    tokenizer = None if name is None else fitted(name)
+    layout = LAYOUT if tokenizer is None else tokenizer.layout
+    steps = plan(layout, 1 if tokenizer is None else None)
+    vocab = VocabularyMap.for_layouts(kind, layout, 20_000)
+    j = steps.passes // 2
+    places = np.arange(steps.edges[j], steps.edges[j + 1])
+    rows = rows_of_places(layout, vocab, places)
+    assert rows.stop - rows.start <= sum(vocab.tables[t] for t in set(layout.table[places].tolist()))
+    logits = torch.randn(3, steps.sizes[j], vocab.embeddings, generator=torch.Generator().manual_seed(5))
+    options = {
+        "start": steps.edges[j],
+        "constraint": None if layout.total or tokenizer is None else tokenizer.constraint(),
+    }
+    if options["constraint"] is not None:  # a state that is not the first
+        options["state"] = options["constraint"].start(3)
+    drawn = [
+        sample_block(given, layout, vocab, first_id=first, generator=torch.Generator().manual_seed(7), **options)
+        for given, first in ((logits, 0), (logits[..., rows], rows.start))
+    ]
+    assert torch.equal(drawn[0].codes, drawn[1].codes)
+    assert torch.equal(drawn[0].ids, drawn[1].ids)
+    assert torch.equal(drawn[0].log_probs, drawn[1].log_probs)
 
 
 def generate(tokenizer, vocab, *, batch, block, config, seed, constrained):
@@ -208,8 +235,11 @@ def test_what_would_not_decode_or_does_not_fit_is_refused():
         sample_block(fits, LAYOUT, small, start=0, state=np.zeros(2, np.int64))
     with pytest.raises(TokenError, match="positions 1 to 3 were asked for, sequences of this layout have 3"):
         sample_block(fits, LAYOUT, small, start=1)
-    with pytest.raises(TokenError, match=f"over {small.embeddings - 1} ids, the map needs {small.embeddings}"):
-        sample_block(fits[..., :-1], LAYOUT, small, start=0)
+    low, high = (f(small.to_lm(codes, LAYOUT)) for f, codes in ((min, [0, 0, 0]), (max, LAYOUT.vocab - 1)))
+    for cut, first in ((fits[..., :high], 0), (fits[..., low + 1 :], low + 1)):
+        message = f"ids {first} to {first + cut.shape[-1] - 1}, codes at these positions have {low} to {high};"
+        with pytest.raises(TokenError, match=message):
+            sample_block(cut, LAYOUT, small, start=0, first_id=first)
     for value in ("nan", "inf", "-inf"):
         bad = fits.clone()
         bad[1, 2, small.ids_of(0)[4]] = float(value)

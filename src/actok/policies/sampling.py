@@ -17,7 +17,7 @@ from torch import Tensor
 from actok.core import ConfigError, Constraint, TokenError, TokenLayout
 from actok.policies.vocab import VocabularyMap
 
-__all__ = ["SampledBlock", "SamplingConfig", "sample_block"]
+__all__ = ["SampledBlock", "SamplingConfig", "rows_of_places", "sample_block"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,7 @@ def sample_block(
     constraint: Constraint | None = None,
     state: np.ndarray | None = None,
     generator: torch.Generator | None = None,
+    first_id: int = 0,
 ) -> SampledBlock:
     """Draw the codes at positions start, ..., start + n - 1 of B sequences.
 
@@ -81,6 +82,7 @@ def sample_block(
         constraint: `tokenizer.constraint(context)`; needed where the layout is not total.
         state: that of the block before; None where start is 0.
         generator: on any device; its draws are moved to the logits'.
+        first_id: of the logits: they may be over the ids of this block's codes alone (`rows_of_places`).
 
     Raises ConfigError where an undecodable sequence could come out, or arguments do not belong together; TokenError for
     positions beyond the layout and logits that are not finite.
@@ -92,10 +94,6 @@ def sample_block(
             f"positions {start} to {start + n - 1} were asked for, sequences of this layout have {layout.max_len} tokens;"
             " give logits of a block's own outputs (plan.emits)"
         )
-    if width < vocab.embeddings:
-        raise TokenError(
-            f"logits are over {width} ids, the map needs {vocab.embeddings}; resize the model's embeddings"
-        )
     if constraint is None and not layout.total:
         raise ConfigError(
             "this layout has sequences that do not decode, and nothing keeps them from being drawn; give"
@@ -103,7 +101,13 @@ def sample_block(
         )
     places = np.arange(start, start + n)
     ids, fits = _admissible(layout, vocab, places)
-    scores = _gather(logits, ids.to(logits.device)).float()
+    low, high = int(ids.min()), int(ids.max()) + 1
+    if first_id > low or first_id + width < high:
+        raise TokenError(
+            f"logits are over the ids {first_id} to {first_id + width - 1}, codes at these positions have {low} to"
+            f" {high - 1}; give logits of all of them (a model with fewer ids is resized first)"
+        )
+    scores = _gather(logits, ids.to(logits.device) - first_id).float()
     fits = fits.to(logits.device)
     _check_finite(scores, fits, start)
     scores = scores.masked_fill(~fits, -torch.inf)
@@ -120,6 +124,12 @@ def sample_block(
     return SampledBlock(
         codes=codes, ids=found.masked_fill(ended, vocab.end), log_probs=log_probs, done=done, state=state
     )
+
+
+def rows_of_places(layout: TokenLayout, vocab: VocabularyMap, places: Int[np.ndarray, "n"]) -> slice:
+    """The ids of all codes that may stand at these positions, from the lowest to the highest."""
+    rows = [vocab.rows_of(int(table)) for table in np.unique(layout.table[places])]
+    return slice(min(r.start for r in rows), max(r.stop for r in rows))
 
 
 def _admissible(

@@ -34,7 +34,7 @@ from actok.policies.blocks import (
 from actok.policies.expert import Expert
 from actok.policies.heads import Emitted, Head, Seen
 from actok.policies.precision import exactly
-from actok.policies.sampling import SamplingConfig, sample_block
+from actok.policies.sampling import SamplingConfig, rows_of_places, sample_block
 from actok.policies.vocab import VocabularyMap
 
 # Sequences of varying length are trained in plans whose length is a multiple of this, so that few of them are made.
@@ -188,8 +188,9 @@ class TokenHead(Head):
             where = seen.next_position[:, None] + places[first:last]
             hidden, longer = coder.run(coder.embed(fed), where, mask, cache)
             cache = _kept(longer, chosen, first, last)
+            rows = rows_of_places(self.layout, self.vocab, np.arange(chosen.edges[j], chosen.edges[j + 1]))
             block = sample_block(
-                coder.logits(hidden[:, chosen.emits(j)]),
+                coder.logits(hidden[:, chosen.emits(j)], rows),
                 self.layout,
                 self.vocab,
                 start=chosen.edges[j],
@@ -197,6 +198,7 @@ class TokenHead(Head):
                 constraint=constraint,
                 state=state,
                 generator=generator,
+                first_id=rows.start,
             )
             codes, ids, state = torch.cat([codes, block.codes], 1), torch.cat([ids, block.ids], 1), block.state
             if bool(block.done.all()):
