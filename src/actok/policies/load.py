@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,11 @@ def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: 
     Raises ArtifactError naming what is missing, truncated, edited or too new.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
     folder = locate(folder_or_hub_id, revision)
     _, body = _checked_body(folder_or_hub_id, folder)
-    contents = {name: _checked(folder, name, expected) for name, expected in body.get("files", {}).items()}
+    checked = {name: _checked(folder, name, expected) for name, expected in body.get("files", {}).items()}
     tokenizer: ActionTokenizer
     artifact = read_artifact(folder / TOKENIZER)
     tokenizer = find_class(artifact.kind).from_artifact(artifact)
@@ -87,7 +87,7 @@ def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: 
         raise ArtifactError(f"{folder / TOKENIZER} is another tokenizer than the policy was trained on; copy it again")
     try:
         prefix = f"{BACKBONE}/"
-        files = {name.removeprefix(prefix): c for name, c in contents.items() if name.startswith(prefix)}
+        files = {name.removeprefix(prefix): p.read_bytes() for name, p in checked.items() if name.startswith(prefix)}
         policy = VLA(
             backbone_from(body["backbone"], files),
             tokenizer,
@@ -99,7 +99,7 @@ def load_policy(folder_or_hub_id: str | Path, *, device: Any = "cpu", revision: 
             state=None if body["state"] is None else StateRange.from_dict(body["state"]),
             meta=body["meta"],
         )
-        policy.load_state_dict(load(contents[TENSOR_FILE]))
+        policy.load_state_dict(load_file(checked[TENSOR_FILE]))  # mapped: the weights are in memory once
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ArtifactError(
@@ -119,11 +119,13 @@ def backbone_from(spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Decode
     return backbone_from_spec(spec, files)
 
 
-def _checked(folder: Path, name: str, expected: str) -> bytes:
+def _checked(folder: Path, name: str, expected: str) -> Path:
+    """The file, which is what was saved."""
     path = folder / name
     if not path.is_file():
         raise ArtifactError(f"{folder} lacks {name}; copy the whole folder")
-    content = path.read_bytes()
-    if sha256(content).hexdigest() != expected:
+    with open(path, "rb") as stream:
+        found = file_digest(stream, "sha256").hexdigest()
+    if found != expected:
         raise ArtifactError(f"{path} is truncated or edited (sha256 differs); copy it again")
-    return content
+    return path

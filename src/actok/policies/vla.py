@@ -367,8 +367,7 @@ class VLA(Policy):
         artifact = self.tokenizer.to_artifact()
         files = {f"{TOKENIZER}/{name}": content for name, content in artifact_files(artifact).items()}
         files |= {f"{BACKBONE}/{name}": content for name, content in self.backbone.files().items()}
-        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
-        files[TENSOR_FILE] = save(state)
+        files[TENSOR_FILE] = save(_apart(self.state_dict()))
         body = {
             "schema_version": VERSION,
             "policy": KIND,
@@ -398,6 +397,18 @@ class VLA(Policy):
             raise SpaceMismatchError(
                 f"the policy acts at {self.space.rate_hz:g} Hz, not at {rate_hz:g}; give data of its rate"
             )
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, none sharing memory with another (tables that are also output layers do): only those are copied."""
+    found: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, value in state.items():
+        there = value.detach().cpu().contiguous()
+        place = there.untyped_storage().data_ptr()
+        found[name] = there.clone() if place in known else there
+        known.add(place)
+    return found
 
 
 def integrity(body: Mapping[str, Any]) -> str:
