@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from actok.backbones.policy_models import load_backbone
@@ -10,11 +11,16 @@ from actok.policies.base import PolicyObservation
 from actok.policies.load import load_policy
 from actok.policies.prompt import StateRange
 from actok.policies.vla import VLA, VLAConfig
-from test_policies_vla import GREEDY, TASKS, P, T, batch, head_of, one_thread, tokenizer_of  # noqa: F401
+from policy_models import GREEDY, TASKS, P, batch, head_of, tokenizer_of
 from test_policy_backbones import MAKERS, families, folders  # noqa: F401
 
 B = 3
 VIEW = "front"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
 
 
 def policy_of(folder, **settings) -> VLA:

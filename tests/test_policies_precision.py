@@ -10,11 +10,15 @@ from actok.core import ConfigError
 from actok.policies.load import load_policy
 from actok.policies.precision import PRECISIONS
 from test_policies_families import observation, policy_of
-from test_policies_vla import one_thread  # noqa: F401
 from test_policy_backbones import families, folders  # noqa: F401
 from test_rollout import Scripted
 
 BOTH = {"heads": ("tokens", "flow"), "flow_expert": 16, "state": "vector"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
 
 
 def drawn(policy, head: str):
