@@ -24,7 +24,7 @@ from results import policies, policies_make
 from results.places import Places
 from results.policies import BLOCKS_OF, HYBRID, MAIN, POLICY_JOBS, PRESET, SEEDS, SUITES, TOKENIZERS
 from results.policies_asked import Studio
-from results.policies_hybrid_pages import PUBLISHED_HYBRID, blocks_page, latency_page, ordering
+from results.policies_hybrid_pages import PUBLISHED_HYBRID, STAGES, blocks_page, latency_page, ordering
 from results.policies_make import groups
 from results.policies_pages import load_rolls, write_policy_pages
 from results.policies_success_pages import commands
@@ -396,6 +396,18 @@ def roll(studio: Studio, name: str, head: str, body: dict) -> None:
     write(studio.rolled(job, head) / "rollout.json", body)
 
 
+def stages_of(totals: dict[str, float]) -> dict:
+    """A latency.json; with views everything takes twice as long."""
+    rows = [
+        {"policy": name, "head": "tokens", "views": views, "calls": 5, "passes": 21, "composed": False}
+        | {"ms": {stage: {"p50": (1 + views // 2) * total, "p95": 99.0} for stage in STAGES}}
+        for name, total in totals.items()
+        for views in (0, 2)
+    ]
+    conditions = {"actok": "0", "commit": "c", "cpu": "cpu", "packages": {"torch": "2"}, "created": "now"}
+    return {"conditions": conditions, "device": "cpu", "threads": 1, "rows": rows}
+
+
 def test_pages_say_what_was_rolled_out(studio, monkeypatch):
     monkeypatch.setattr(policies, "SUITES", {"metaworld": replace(METAWORLD, tasks=TASKS)})
     write_policy_pages(studio)
@@ -407,6 +419,7 @@ def test_pages_say_what_was_rolled_out(studio, monkeypatch):
     roll(studio, "metaworld-fastervq-tiny-0", "tokens", rolled(full, ms=12.0))
     roll(studio, "metaworld-block-1-0", "tokens", rolled(half, ms=48.0, passes=21.0))
     roll(studio, "metaworld-dct-0", "tokens", rolled("0" * 9, tokens=10))
+    write(studio.root / "latency" / "metaworld" / "latency.json", stages_of({"fastervq-tiny": 10, "block-1": 30}))
     for variant, marks in (("flow", "000000000"), ("flow+fast", half)):
         roll(studio, f"metaworld-{variant}-0", "flow", rolled(marks))
     roll(studio, "metaworld-flow+fast-0", "tokens", rolled(full))
@@ -432,7 +445,11 @@ def test_pages_say_what_was_rolled_out(studio, monkeypatch):
     assert "Not yet measured: flow+plain-rvq, flow+xtokenizer-tiny." in hybrid
     blocks = (studio.pages / "blocks.md").read_text()
     assert "| fastervq-tiny (its own blocks) | 88.9 %" in blocks
-    assert "Token-wise takes 4.00 times as long as in its own blocks (48 and 12 ms); published: 2.31 times." in blocks
+    assert (
+        "Alone on the machine token-wise takes 3.00 times as long as in its own blocks (30 and 10 ms); published: 2.31 times."
+        in blocks
+    )
+    assert "| block-1 | tokens | 2 | 21 | " in (studio.pages / "latency.md").read_text()
     assert "| fast | 88.9 %" in (studio.pages / "README.md").read_text()
     assert str(studio.root) not in "".join(
         path.read_text() for path in studio.pages.glob("*.*s*") if path.suffix != ".png"
@@ -463,7 +480,9 @@ def test_a_rollout_of_another_policy_is_not_shown(studio):
 
 
 def test_pages_without_figures_say_so():
-    assert "Nothing is measured yet" in blocks_page({"conditions": None, "variants": {}, "pairs": [], "published": {}})
+    assert "Nothing is measured yet" in blocks_page(
+        {"conditions": None, "variants": {}, "alone": {}, "pairs": [], "published": {}}
+    )
     assert "Nothing is measured yet" in latency_page({"measured": {}})
 
 

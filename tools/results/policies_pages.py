@@ -161,9 +161,15 @@ def blocks_body(studio: Studio, chosen: Mapping[str, PolicyJob]) -> dict[str, An
     by_variant = _of_head(rolls, "tokens")
     order = [name for name in (BLOCKS_OF, *BLOCKS) if name in by_variant]
     variants = {name: {**summary(by_variant[name]), "settings": dict(BLOCKS.get(name, {}))} for name in order}
+    alone = latency_body(studio)["measured"].get("metaworld", {"rows": []})["rows"]
     return {
         "conditions": conditions(made),
         "variants": variants,
+        "alone": {
+            row["policy"]: row["ms"]["total"]["p50"]
+            for row in alone
+            if (row["head"], row["views"]) == ("tokens", 0) and row["policy"] in order
+        },
         "pairs": pairs({name: by_variant[name] for name in order}),
         "published": PUBLISHED_BLOCKS,
     }

@@ -329,7 +329,8 @@ def index_page(
 
 
 def _main_table(bodies: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    there = [name for name in MAIN if any(name in body["variants"] for body in bodies.values())]
+    order = dict.fromkeys((*MAIN, *TOKENIZERS))
+    there = [name for name in order if any(name in body["variants"] for body in bodies.values())]
     if not there:
         return [NOTHING]
     lines = ["| tokenizer | " + " | ".join(_where(body["suite"]) for body in bodies.values()) + " |"]
