@@ -46,9 +46,12 @@ def draw_success(body: Mapping[str, Any], path: Path) -> Path | None:
 
 
 def copy_sheet(sheet: Path, path: Path) -> Path:
-    """A contact sheet with a palette instead of full colour."""
+    """A contact sheet with a palette instead of full colour. (Chosen to cover all colours: the median cut, which is the
+    default, gives none to a small red cube.)
+    """
     from PIL import Image
 
     with Image.open(sheet) as picture, atomic_path(path) as temporary:
-        picture.convert("RGB").quantize(PALETTE).save(temporary, format="PNG", optimize=True)
+        chosen = picture.convert("RGB").quantize(PALETTE, method=Image.Quantize.MAXCOVERAGE)
+        chosen.save(temporary, format="PNG", optimize=True)
     return path
