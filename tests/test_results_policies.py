@@ -486,6 +486,12 @@ def test_pages_without_figures_say_so():
     assert "Nothing is measured yet" in latency_page({"measured": {}})
 
 
+def test_the_large_model_is_told_from_the_small_ones():
+    pages = [latency_page({"measured": {name: stages_of({"block-wise": 10})}}) for name in ("metaworld", "paligemma")]
+    assert ["with random weights" in page for page in pages] == [False, True]
+    assert all("| block-wise | tokens | 2 | 21 |" in page for page in pages)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_from_demonstrations_to_pages_in_one_call_and_nothing_is_made_twice(tmp_path, monkeypatch):

@@ -26,6 +26,11 @@ PUBLISHED_BLOCKS: Mapping[str, tuple[float, float]] = {
 PUBLISHED_STAGES = "16 + 72 + 3 passes of 7.4 (token-wise 21 of 6.4) + 2.7; 112 together"
 STAGES = ("images", "prefix", "pass", "actions", "decode", "total")
 
+LARGE = (
+    "PaliGemma's size (3 B parameters) with random weights in bf16, a chunk of 7 dimensions as FASTerVQ's 21 codes, the expert 1024"
+    " wide: `python benchmarks/policy_latency.py --paligemma` (`--force` where there is no GPU)."
+)
+
 __all__ = ["PUBLISHED_BLOCKS", "PUBLISHED_HYBRID", "blocks_page", "hybrid_page", "latency_page", "ordering"]
 
 
@@ -163,6 +168,7 @@ def latency_page(body: Mapping[str, Any]) -> str:
             f"actok {c['actok']}, commit {c['commit']}, {found['device'] if found['device'] != 'cpu' else c['cpu']}, torch"
             f" {c['packages']['torch']}, {found['threads']} thread, {c['created']}, {found['rows'][0]['calls']} calls each.",
             "",
+            *([LARGE, ""] if name == "paligemma" else []),
             *_stages(found["rows"]),
         ]
     return "\n".join(lines)
