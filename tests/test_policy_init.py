@@ -42,6 +42,7 @@ def test_training_goes_on_from_a_saved_policy_on_other_data(started, tmp_path):
     folder, space = started
     first = load_policy(folder)
     more = frames(episodes=13, seed=5, instruction=np.array(["wipe the table"] * 13))
+    more["image"] = np.zeros((len(more["action"]), 9, 11, 3), np.uint8)  # rollouts show what was seen last
     other = open_dataset(more, space=space["first"])
     still = train_policy(
         other, init=folder, training=FEW | {"steps": 1, "learning_rate": 1e-12, "warmup_steps": 0}, progress=False
@@ -57,6 +58,7 @@ def test_training_goes_on_from_a_saved_policy_on_other_data(started, tmp_path):
     assert went.tokenizer.weights_hash == first.tokenizer.weights_hash
     assert went.meta["started_from"] == {"name": "policy", "integrity": policy_integrity(folder)}
     assert went.meta["data"] != first.meta["data"]
+    assert went.meta["image_sizes"] == {"image": [9, 11]} != first.meta["image_sizes"]
     assert set(went.meta["task_steps"]) == {"open", "shut"}
     assert same(weights(load_policy(folder)), weights(first))
     with pytest.raises(ConfigError, match="init"):
@@ -87,6 +89,7 @@ def test_training_goes_on_from_a_saved_policy_on_other_data(started, tmp_path):
         ({}, {"space": "second"}, SpaceMismatchError, "the policy acts as 'first', the data are of 'second'"),
         ({"proprio": np.zeros((1, 2))}, {}, DataError, "reads a state of 5 numbers, the data have 2"),
         ({"image": None}, {}, DataError, "has no view 'image'"),
+        ({}, {"seed": 3}, DataError, "as seed 0 splits them, and seed 3 would hold some of them out; give --seed 0"),
         ({}, {"init": "nowhere"}, ArtifactError, "nowhere"),
         ({}, {"init": None}, ConfigError, "neither a tokenizer nor a policy to start from"),
     ],

@@ -221,12 +221,20 @@ def _going_on(policy: VLA, samples: PolicyData, preset: str, origin: Mapping[str
             f"the policy looks through {', '.join(policy.views)}, which these data call {', '.join(samples.views)}; rename"
             " the views of the data"
         )
+    before = {facts["name"]: facts["split"]["seed"] for facts in policy.meta.get("data", [])}
+    for facts in samples.origin:
+        if (seed := before.get(facts["name"], facts["split"]["seed"])) != facts["split"]["seed"]:
+            raise DataError(
+                f"the policy was trained on episodes of {facts['name']!r} as seed {seed} splits them, and seed"
+                f" {facts['split']['seed']} would hold some of them out; give --seed {seed}"
+            )
     lengths = samples.train.token_lengths
     passes = _passes(policy, lengths)
     return policy.with_meta(
         {
             "preset": preset,
             "data": list(samples.origin),
+            "image_sizes": samples.image_sizes,
             "task_steps": {**policy.meta.get("task_steps", {}), **samples.task_steps},
             "tokens": {"mean": float(lengths.mean()), "most": int(lengths.max())},
             **({} if passes is None else {"passes": passes}),
