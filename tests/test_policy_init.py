@@ -44,6 +44,7 @@ def test_training_goes_on_from_a_saved_policy_on_other_data(started, tmp_path):
     more = frames(episodes=13, seed=5, instruction=np.array(["wipe the table"] * 13))
     more["image"] = np.zeros((len(more["action"]), 9, 11, 3), np.uint8)  # rollouts show what was seen last
     other = open_dataset(more, space=space["first"])
+    other.name = "more"
     still = train_policy(
         other, init=folder, training=FEW | {"steps": 1, "learning_rate": 1e-12, "warmup_steps": 0}, progress=False
     )
@@ -71,6 +72,12 @@ def test_training_goes_on_from_a_saved_policy_on_other_data(started, tmp_path):
             run=tmp_path / "run",
             resume=True,
             progress=False,
+        )
+    # Nor does a second going on hold out what the first training saw.
+    went.save_pretrained(tmp_path / "went")
+    with pytest.raises(DataError, match="give --seed 0"):
+        train_policy(
+            open_dataset(frames(), space=space["first"]), init=tmp_path / "went", seed=3, training=FEW, progress=False
         )
     # One part alone may learn: nothing is random any more.
     part = [{"share": 1, "train": ["tokens"]}]

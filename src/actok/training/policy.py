@@ -221,7 +221,9 @@ def _going_on(policy: VLA, samples: PolicyData, preset: str, origin: Mapping[str
             f"the policy looks through {', '.join(policy.views)}, which these data call {', '.join(samples.views)}; rename"
             " the views of the data"
         )
-    before = {facts["name"]: facts["split"]["seed"] for facts in policy.meta.get("data", [])}
+    # Seed of the split of every dataset that it has ever been trained on.
+    before = dict(policy.meta.get("split_seeds", {}))
+    before |= {facts["name"]: facts["split"]["seed"] for facts in policy.meta.get("data", [])}
     for facts in samples.origin:
         if (seed := before.get(facts["name"], facts["split"]["seed"])) != facts["split"]["seed"]:
             raise DataError(
@@ -239,6 +241,7 @@ def _going_on(policy: VLA, samples: PolicyData, preset: str, origin: Mapping[str
             "tokens": {"mean": float(lengths.mean()), "most": int(lengths.max())},
             **({} if passes is None else {"passes": passes}),
             "started_from": origin,
+            "split_seeds": before,
         }
     )
 
